@@ -1,0 +1,1 @@
+"""Ranks: pure arithmetic in `grid`, process groups in `mesh`, communication in `collectives`."""
