@@ -11,13 +11,14 @@ class DataConfig:
 
     train_data_path: tuple[str, ...] = setting("one prefix, or `weight prefix weight prefix …`; raw: one JSON file")
     valid_data_path: tuple[str, ...] = setting("the same for validation; equal to training: --split divides it")
-    dataset: str = setting("MMAP: .bin/.idx prefixes; JSON-SFT: raw instruction records", "MMAP",
-                           choices=("MMAP", "JSON-SFT"))
+    dataset: str = setting(
+        "MMAP: .bin/.idx prefixes; JSON-SFT: raw instruction records", "MMAP", choices=("MMAP", "JSON-SFT")
+    )
     split: str = setting("train,valid,test shares of a dataset used for both training and validation", "99,1,0")
     seq_length: int = setting("tokens per sample")
     max_padding_length: int = setting("tokens per sample of a raw fine-tuning record, padding included")
     tokenizer_model: str | None = setting("tokenizer directory; absent: the checkpoint's own", None)
     trust_remote_code: bool = setting("let the tokenizer directory run its own Python code", False)
-    prompt_type: str | None = setting("prompt template of raw records; absent: the tokenizer's, else the family's", None)
+    prompt_type: str | None = setting("template of raw records; absent: the tokenizer's, else the family's", None)
     data_cache_path: str | None = setting("where sample indices are cached; absent: they are not", None)
     seed: int = setting("seed of sample order and random initialisation", 1234)

@@ -24,8 +24,9 @@ class RunConfig:
     train_iters: int = setting("optimizer steps")
     micro_batch_size: int = setting("samples per forward pass and data-parallel rank")
     global_batch_size: int = setting("samples per optimizer step, over all ranks")
-    precision: str = setting("compute precision; master weights and reductions are always fp32", "bf16",
-                             choices=("bf16", "fp32"))
+    precision: str = setting(
+        "compute precision; master weights and reductions are always fp32", "bf16", choices=("bf16", "fp32")
+    )
     use_flash_attn: bool = setting("fastest attention kernel available; off: the plain one", True)
     log_interval: int = setting("iterations between console lines", 1)
     eval_interval: int = setting("iterations between validations", 10000)

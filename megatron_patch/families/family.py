@@ -72,7 +72,7 @@ class Family:
             if value is not None and value not in allowed:
                 raise ValueError(f"config.json: {name} is {value!r}; {self.name} supports {_listed(allowed)}")
         values = {field: key.read(hf) for field, key in self.keys.items()}
-        missing = [self.keys[field].hf[0] for field, value in values.items() if value is None and self.keys[field].is_shape]
+        missing = [key.hf[0] for field, key in self.keys.items() if values[field] is None and key.is_shape]
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing; {self.name} cannot be sized without")
         return ModelConfig(**values)
