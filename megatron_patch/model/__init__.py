@@ -1,0 +1,1 @@
+"""The decoder, built by role from a ModelConfig. Parameter names are Megatron-Core's (Transformer-Engine spec)."""

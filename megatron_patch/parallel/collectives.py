@@ -1,0 +1,101 @@
+"""Communication with a gradient: each function's backward is its conjugate. On an axis of size 1 all are the identity.
+
+Sequence-parallel functions work on dimension 0: tensors are [sequence, batch, …].
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_patch.parallel.mesh import Axis
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Identity; the gradient is summed over `axis` (entry of a tensor-parallel region)."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over `axis`; the gradient passes unchanged (exit of a tensor-parallel region)."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+
+
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """[S/n, …] → [S, …]; the gradient is summed and cut back to this rank's slice."""
+    return x if axis.size == 1 else _GatherSequence.apply(x, axis)
+
+
+def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """[S, …], a partial sum → [S/n, …], this rank's slice of the sum; the gradient is gathered."""
+    return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)
+
+
+def sum_(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over `axis` in place; no gradient."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def max_(x: Tensor, axis: Axis) -> Tensor:
+    """Maximum over `axis` in place; no gradient."""
+    if axis.size > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=axis.group)
+    return x
+
+
+def _gather(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    if x.shape[0] % axis.size:
+        raise ValueError(f"a sequence of {x.shape[0]} tokens cannot be cut into {axis.size} equal slices")
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_(grad.clone(), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        return sum_(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduce_scatter(grad, ctx.axis), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.axis), None
