@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face and Megatron checkpoints, read and written by manifest."""

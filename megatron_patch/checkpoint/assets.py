@@ -1,0 +1,42 @@
+"""The files that travel with weights: configuration and tokenizer, copied and never run."""
+
+import json
+import shutil
+from pathlib import Path
+
+_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model*",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.py",
+)
+
+
+def copy_assets(source: Path, target: Path) -> list[str]:
+    """Copy configuration and tokenizer files of `source` into `target`; returns their names. Weights never match."""
+    found = sorted({path for pattern in _PATTERNS for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return [str(path.relative_to(source)) for path in found]
+
+
+def write_dtype(directory: Path, dtype: str) -> None:
+    """Make `directory`/config.json say `dtype` (`bfloat16` …): transformers loads weights in what it says."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) != dtype:
+        path.write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", encoding="utf-8")

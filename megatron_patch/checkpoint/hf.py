@@ -1,0 +1,198 @@
+"""Hugging Face checkpoint directories: safetensors read through their headers and written tensor by tensor."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_patch.checkpoint.layouts import merge, part_shapes
+from megatron_patch.config.model import ModelConfig
+from megatron_patch.families.manifest import Entry, check_complete
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors codes
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class HfSource:
+    """An open directory: `files` maps each tensor to its memory-mapped file, `dtypes` to its type."""
+
+    directory: Path
+    config: ModelConfig
+    files: Mapping[str, Any]
+    dtypes: Mapping[str, torch.dtype]
+    format: str = "hf"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most tensors."""
+        return Counter(self.dtypes.values()).most_common(1)[0][0]
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """The type of `entry`'s parts, which all have the same."""
+        return self.dtypes[entry.hf[0]]
+
+    def read(self, entry: Entry) -> Tensor:
+        """The full mcore tensor, `entry.shape`; its pages are the file's where nothing is reordered."""
+        return merge(entry, [self.files[name].get_tensor(name) for name in entry.hf], self.config)
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        return f"hf, {len(self.files)} tensors, {str(self.dtype).removeprefix('torch.')}"
+
+
+def open_hf(directory: Path, entries: list[Entry], config: ModelConfig) -> HfSource:
+    """Open `directory` and hold every tensor's name, shape and type against `entries`.
+
+    Raises ValueError or FileNotFoundError in one sentence. With tied embeddings an `lm_head.weight` on disk must
+    equal the embedding, and is not read again.
+    """
+    files = _open_tensors(directory)
+    tied = files.pop(_OUTPUT, None) if config.share_embeddings_and_output_weights else None
+    check_complete((name for entry in entries for name in entry.hf), files, str(directory))
+    if tied is not None and not torch.equal(tied.get_tensor(_OUTPUT), files[_EMBEDDING].get_tensor(_EMBEDDING)):
+        raise ValueError(
+            f"{directory}: tie_word_embeddings is true, but {_OUTPUT} differs from {_EMBEDDING}; set it to false"
+        )
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries:
+        for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True):
+            dtypes[name] = _checked_dtype(directory, name, files[name].get_slice(name), shape)
+        if len({dtypes[name] for name in entry.hf}) > 1:
+            raise ValueError(f"{directory}: {', '.join(entry.hf)} become one tensor but differ in dtype")
+    return HfSource(directory, config, {name: files[name] for name in dtypes}, dtypes)
+
+
+def holds_hf(directory: Path) -> bool:
+    """Whether `directory` looks like Hugging Face safetensors."""
+    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+
+
+def write_hf(
+    directory: Path,
+    outline: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write `tensors`, which come in the order of `outline` (name → dtype, shape), and return their bytes.
+
+    One `model.safetensors`, or numbered files of at most `shard_bytes` and their index. One tensor is in memory at a
+    time. The directory itself is made atomic by whoever fills it (`atomic.replaced_directory`).
+    """
+    shards = _plan_shards({name: _bytes(*kind) for name, kind in outline.items()}, shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    stream = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        _write_file(directory / file_name, {name: outline[name] for name in shard}, stream)
+    total = sum(_bytes(*kind) for kind in outline.values())
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _open_tensors(directory: Path) -> dict[str, Any]:
+    """Every tensor name in the directory and the open file that holds it."""
+    weight_map = _weight_map(directory)
+    opened: dict[str, Any] = {}
+    for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
+        file = _open_file(directory / file_name)
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+            if name in opened:
+                raise ValueError(f"{directory / file_name}: {name} is in another file too")
+            if weight_map and weight_map.get(name) != file_name:
+                raise ValueError(f"{directory / file_name} holds {name}, which {INDEX} does not place there")
+            opened[name] = file
+    lost = [name for name in weight_map if name not in opened]
+    if lost:
+        raise ValueError(f"{directory / weight_map[lost[0]]} lacks {lost[0]}, which {INDEX} places there")
+    return opened
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The index's tensor → file table; empty for a single file."""
+    path = directory / INDEX
+    if not path.is_file():
+        return {}
+    if (directory / SINGLE).is_file():
+        raise ValueError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = dict(weight_map.items())
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors index: {error!r}") from None
+    if not pairs:
+        raise ValueError(f"{path} names no tensor")
+    for file_name in pairs.values():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise ValueError(f"{path} names {file_name!r}; shards must be plain file names in the same directory")
+    return pairs
+
+
+def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not safetensors: {error}") from None
+
+
+def _checked_dtype(directory: Path, name: str, header: Any, shape: tuple[int, ...]) -> torch.dtype:
+    if tuple(header.get_shape()) != shape:
+        raise ValueError(f"{directory}: {name} has shape {tuple(header.get_shape())}, config.json implies {shape}")
+    if header.get_dtype() not in DTYPES:
+        raise ValueError(f"{directory}: {name} is {header.get_dtype()}; supported are {', '.join(DTYPES)}")
+    return DTYPES[header.get_dtype()]
+
+
+def _plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Consecutive tensors packed into files of at most `limit` bytes; a larger tensor stands alone."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _write_file(path: Path, outline: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], stream: Any) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in outline.items():
+        end = offset + _bytes(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, kind), tensor in zip(outline.items(), stream, strict=False):  # the stream feeds the next file too
+            if (tensor.dtype, tuple(tensor.shape)) != kind:
+                raise AssertionError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {kind}")
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
