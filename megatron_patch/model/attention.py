@@ -63,12 +63,8 @@ class SelfAttention(nn.Module):
         qkv = self.linear_qkv(x)
         length, batch = qkv.shape[:2]
         grouped = qkv.view(length, batch, self.groups, self.heads_per_group + 2, self.head_dim)
-        q, k_SBGD, v_SBGD = grouped.split([self.heads_per_group, 1, 1], dim=3)
-        q_SBND, k_SBGD, v_SBGD = q.flatten(2, 3), k_SBGD.squeeze(3), v_SBGD.squeeze(3)
-        out_BNSD = core_attention(
-            rotate(q_SBND, rotary).permute(1, 2, 0, 3),
-            rotate(k_SBGD, rotary).permute(1, 2, 0, 3),
-            v_SBGD.permute(1, 2, 0, 3),
-            self.window,
-        )
+        turned, v = grouped.split([self.heads_per_group + 1, 1], dim=3)
+        q, k = rotate(turned, rotary).split([self.heads_per_group, 1], dim=3)
+        q_BNSD, k_BGSD, v_BGSD = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (q, k, v))
+        out_BNSD = core_attention(q_BNSD, k_BGSD, v_BGSD, self.window)
         return self.linear_proj(out_BNSD.permute(2, 0, 1, 3).flatten(2))

@@ -1,5 +1,6 @@
 """The gated MLP (SwiGLU, arXiv:2002.05202)."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,5 +21,29 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""
-        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2(swiglu(self.linear_fc1(x)))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., 2F] = [gate, up] → silu(gate) · up [..., F]."""
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only x, and writes both halves of its gradient in one tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out
