@@ -41,5 +41,3 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         os.fsync(file.fileno())
     partial.replace(path)
-
-

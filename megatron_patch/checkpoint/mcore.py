@@ -29,6 +29,17 @@ _LOCAL_SPELLINGS = (
     ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
 )
+# `args` that must agree with config.json wherever a checkpoint records them.
+_COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "norm_epsilon",
+    "rotary_base",
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,9 @@ def megatron_args(config: ModelConfig, tp: int, dtype: torch.dtype, transformer_
         position_embedding_type="rope",
         rotary_base=config.rotary_base,
         rotary_percent=1.0,
-        window_size=None if config.window_size is None else (config.window_size - 1, 0),  # Megatron's excludes the query
+        window_size=None
+        if config.window_size is None
+        else (config.window_size - 1, 0),  # Megatron's excludes the query
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=False,
@@ -242,18 +255,6 @@ def _check_args(file: Path, args: Any, config: ModelConfig, tp: int) -> None:
             raise ValueError(f"{file}: args.{name} is {stored[name]}, {origin} {value}")
 
 
-_COMPARED = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "norm_epsilon",
-    "rotary_base",
-)
-
-
 def _named(file: Path, model: Mapping[str, Any], spelling: Mapping[str, str]) -> dict[str, Tensor]:
     """The rank's tensors under manifest names; `_extra_state` is the only key left out."""
     named: dict[str, Tensor] = {}
@@ -277,4 +278,6 @@ def _check_shards(entry: Entry, shards: list[Tensor], files: list[Path]) -> None
         if shape != wanted and not (is_padded and shape == tuple(shards[0].shape)):
             raise ValueError(f"{file}: {entry.mcore} has shape {shape}, config.json implies {wanted}")
         if shard.dtype != shards[0].dtype or shard.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{file}: {entry.mcore} is {shard.dtype}; supported is one of fp32, fp16, bf16 on all ranks")
+            raise ValueError(
+                f"{file}: {entry.mcore} is {shard.dtype}; supported is one of fp32, fp16, bf16 on all ranks"
+            )

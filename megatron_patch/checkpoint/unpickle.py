@@ -108,4 +108,3 @@ def _stand_in(module: str, name: str) -> type[Inert]:
     if root in sys.stdlib_module_names and root not in _INERT_MODULES and f"{module}.{name}" not in _INERT_NAMES:
         raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code (nothing was run)")
     return type(name, (Inert,), {"__module__": module})
-
