@@ -13,7 +13,9 @@ from megatron_patch.config.run import RunConfig
 
 def parser() -> argparse.ArgumentParser:
     """A parser with one group per concern; every setting of `RunConfig` is a flag."""
-    result = argparse.ArgumentParser(prog="megatron_patch.train", allow_abbrev=False)
+    result = argparse.ArgumentParser(
+        prog="megatron_patch.train", usage="%(prog)s --flag value … (--help lists them)", allow_abbrev=False
+    )
     for owner, concern in _concerns():
         group = result.add_argument_group(concern or "run")
         for item in _settings(owner):

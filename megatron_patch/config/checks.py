@@ -1,0 +1,130 @@
+"""Rules between the settings of a run: what is broken is reported together, and nothing is changed."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from megatron_patch.config.run import RunConfig
+
+Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
+
+
+def check(run: RunConfig, world: int) -> None:
+    """Raise ValueError with every rule that `run` breaks on `world` ranks, one sentence per line."""
+    broken = problems(run, world)
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def problems(run: RunConfig, world: int) -> list[str]:
+    """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
+    out_of_range = _broken(_ranges(run))
+    return out_of_range or _broken([*_division(run, world), *_optimization(run), *_inputs(run)])
+
+
+def sample_length(run: RunConfig) -> int:
+    """Tokens per sample: raw records are padded to their own length."""
+    return run.data.max_padding_length if run.data.dataset == "JSON-SFT" else run.data.seq_length
+
+
+def _broken(rules: Iterable[Rule]) -> list[str]:
+    return [sentence for holds, sentence in rules if not holds]
+
+
+def _ranges(run: RunConfig) -> Iterator[Rule]:
+    model, parallel, optimizer = run.model, run.parallel, run.optimizer
+    at_least_one = (
+        (model, "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"),
+        (model, "max_position_embeddings" if model.window_size is None else "max_position_embeddings window_size"),
+        (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
+        (parallel, "context_parallel_size expert_model_parallel_size"),
+        (run.data, "seq_length max_padding_length"),
+        (run.checkpoint, "save_interval"),
+        (run, "micro_batch_size global_batch_size log_interval eval_interval"),
+    )
+    at_least_zero = (
+        (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
+        (run, "eval_iters"),
+        (model, "init_method_std"),
+        (run.data, "seed"),
+    )
+    above_zero = (
+        (model, "norm_epsilon rotary_base"),
+        (optimizer, "adam_eps"),
+        (parallel, "distributed_timeout_minutes"),
+    )
+    yield from _each(at_least_one, lambda value: value >= 1, "must be at least 1")
+    yield from _each(at_least_zero, lambda value: 0 <= value < float("inf"), "must be 0 or more")
+    yield from _each(above_zero, lambda value: 0 < value < float("inf"), "must be more than 0")
+    yield from _each(
+        ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
+    )
+
+
+def _each(fields: Iterable[tuple[object, str]], holds: Callable[[float], bool], must: str) -> Iterator[Rule]:
+    for owner, names in fields:
+        for name in names.split():
+            value = getattr(owner, name)
+            yield holds(value), f"{name} {value} {must}"
+
+
+def _division(run: RunConfig, world: int) -> Iterator[Rule]:
+    model, parallel, length = run.model, run.parallel, sample_length(run)
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    yield (
+        model.num_attention_heads % model.num_query_groups == 0,
+        f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups "
+        f"{model.num_query_groups}",
+    )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(model, name)
+        yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
+    yield model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} must be even: rotary positions pair channels"
+    yield (
+        not parallel.sequence_parallel or length % tp == 0,
+        f"sequence_parallel cuts the {length} tokens of a sample into equal parts, and tensor_model_parallel_size {tp} "
+        "does not divide them",
+    )
+    yield (
+        length <= model.max_position_embeddings,
+        f"{length} tokens per sample are more than max_position_embeddings {model.max_position_embeddings}",
+    )
+    ranks = tp * pp * cp
+    dp, rest = divmod(world, ranks)
+    yield (
+        rest == 0,
+        f"tensor_model_parallel_size {tp} × pipeline_model_parallel_size {pp} × context_parallel_size {cp} = {ranks} "
+        f"does not divide {world} ranks",
+    )
+    yield (
+        rest != 0 or run.global_batch_size % (run.micro_batch_size * dp) == 0,
+        f"global_batch_size {run.global_batch_size} is not a multiple of micro_batch_size {run.micro_batch_size} × "
+        f"{dp} data-parallel ranks",
+    )
+
+
+def _optimization(run: RunConfig) -> Iterator[Rule]:
+    optimizer, length = run.optimizer, sample_length(run)
+    yield (
+        run.train_iters >= 1,
+        f"train_iters {run.train_iters} must be at least 1; one iteration takes global_batch_size "
+        f"{run.global_batch_size} × {length} = {run.global_batch_size * length} tokens",
+    )
+    yield (
+        run.train_iters < 1 or optimizer.lr_warmup_iters < optimizer.lr_decay_iters,
+        f"lr_warmup_iters {optimizer.lr_warmup_iters} must be less than lr_decay_iters {optimizer.lr_decay_iters}",
+    )
+    yield optimizer.lr >= optimizer.min_lr, f"lr {optimizer.lr} must be at least min_lr {optimizer.min_lr}"
+
+
+def _inputs(run: RunConfig) -> Iterator[Rule]:
+    yield (
+        run.checkpoint.load is not None or run.data.tokenizer_model is not None,
+        "without a checkpoint to load, --tokenizer-model must name the tokenizer's directory",
+    )
+    yield (
+        run.data.dataset == "MMAP" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
+        "raw records come from one JSON file each for training and validation",
+    )

@@ -1,0 +1,62 @@
+"""`python3 -m megatron_patch.launch LAUNCHER ARGUMENT… [--option …]`: check, plan, then become the planned command.
+
+Modules are imported as late as their stage needs them: a wrong count or value is refused in Python's own start-up time.
+"""
+
+import os
+import sys
+
+from megatron_patch.launch.positional import Request, divide, numbered, place, read, read_variables, typed
+from megatron_patch.launch.tables import DRY_RUN, LAUNCHERS, Launcher
+from megatron_patch.launch.unbuilt import check_built
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 2 for what the user can mend; otherwise the planned command's own, because it replaces us."""
+    name = argv[0] if argv else ""
+    if name not in LAUNCHERS:
+        print(f"megatron_patch.launch: {name!r} is no launcher; there are {', '.join(LAUNCHERS)}", file=sys.stderr)
+        return 2
+    if argv[1:2] in (["-h"], ["--help"]):
+        print(numbered(LAUNCHERS[name].table, []))
+        return 0
+    try:
+        request = _request(LAUNCHERS[name], argv[1:])
+        plan = _plan(LAUNCHERS[name].module, request)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return _start(plan, request.is_dry)
+
+
+def _request(launcher: Launcher, argv: list[str]) -> Request:
+    given, options = divide(argv)
+    values = read(launcher.table, given) | read_variables(launcher.variables, os.environ)
+    is_dry = read_variables((DRY_RUN,), os.environ)[DRY_RUN.name]
+    check_built(launcher.unbuilt, values, lambda name: place(launcher.table, name))
+    texts = typed(launcher.table, given)
+    return Request(launcher.table, values, texts, options, os.environ, launcher.families, is_dry)
+
+
+def _plan(module: str, request: Request) -> dict[str, object]:
+    from importlib import import_module
+
+    return import_module(f"megatron_patch.launch.{module}").plan(request)
+
+
+def _start(plan: dict[str, object], is_dry: bool) -> int:
+    """Show `plan`; unless this is a dry run, replace this process by its command."""
+    from megatron_patch.plan.table import render
+
+    print(render(plan), file=sys.stderr, flush=True)
+    if is_dry:
+        import json
+
+        print(json.dumps(plan, indent=2))
+        return 0
+    os.environ.update(plan["environment"])
+    os.execv(plan["command"][0], plan["command"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

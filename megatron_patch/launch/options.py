@@ -1,0 +1,31 @@
+"""What follows the positionals: `--flag value` settings that override the derived ones."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from megatron_patch.config.flags import from_flags, known_flags, to_flags
+from megatron_patch.config.run import RunConfig
+from megatron_patch.launch.positional import UsageError
+
+
+def check_options(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UsageError for the first flag that is not `known`, with the nearest one that is."""
+    known = list(known)
+    for name in _names(options):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str]) -> RunConfig:
+    """`run` with `options` applied. `elsewhere` maps flags that a positional decides alone to that positional."""
+    flags = known_flags()
+    check_options(options, [*flags, *("--no-" + flag.removeprefix("--") for flag in flags)])
+    for name in _names(options):
+        if name in elsewhere:
+            raise UsageError(f"{name} follows from {elsewhere[name]}; set that instead")
+    return from_flags([*to_flags(run), *options])
+
+
+def _names(options: Iterable[str]) -> list[str]:
+    return [text.split("=")[0] for text in options if text.startswith("--")]

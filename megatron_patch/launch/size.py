@@ -1,0 +1,27 @@
+"""MODEL_SIZE and a checkpoint directory, together one architecture."""
+
+from megatron_patch.families.resolve import Resolved, from_checkpoint, preset, size_names
+from megatron_patch.launch.positional import Request, UsageError, place
+
+
+def resolve_size(request: Request, directory: str) -> tuple[Resolved, list[str]]:
+    """The architecture, and warnings about how it was chosen. `directory` may be `none`.
+
+    Raises UsageError for a size that is not offered and for `auto` without a checkpoint, ValueError for a checkpoint
+    that contradicts the size. A dry run takes the size's own architecture where the checkpoint is not there yet.
+    """
+    size, where = request.texts["MODEL_SIZE"], place(request.table, "MODEL_SIZE")
+    offered = size_names(request.families)
+    if size not in offered:
+        raise UsageError(f"{where} is {size!r}; allowed: {', '.join(offered)}")
+    if directory.lower() == "none":
+        if size == "auto":
+            raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
+        return preset(request.families, size), []
+    try:
+        resolved = from_checkpoint(request.families, size, directory)
+    except FileNotFoundError as error:
+        if size == "auto" or not request.is_dry:
+            raise
+        return preset(request.families, size), [f"{error}; planned with the architecture of MODEL_SIZE {size}"]
+    return resolved, list(resolved.warnings)

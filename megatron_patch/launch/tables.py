@@ -1,0 +1,115 @@
+"""The positional tables, the environment variables, and which launcher uses which: the only home of Pai's capitals."""
+
+from megatron_patch.launch import unbuilt
+from megatron_patch.launch.positional import Arg, Table
+from megatron_patch.launch.values import count, number, on_or_off, one_of, recomputation, switch, whole, words
+
+WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
+
+TRAINING: Table = (
+    Arg("ENV", one_of("dsw", "dlc"), "dsw (this machine) or dlc (several nodes)"),
+    Arg("MODEL_SIZE", words, "a size of the family, or auto (from the checkpoint's config.json)"),
+    Arg("BATCH_SIZE", count, f"{COUNT}: samples per forward pass and data-parallel rank"),
+    Arg("GLOBAL_BATCH_SIZE", count, f"{COUNT}: samples per optimizer step"),
+    Arg("LR", number, "a number ≥ 0: peak learning rate"),
+    Arg("MIN_LR", number, "a number ≥ 0: final learning rate"),
+    Arg("SEQ_LEN", count, f"{COUNT}: tokens per sample"),
+    Arg("PAD_LEN", count, f"{COUNT}: tokens per raw fine-tuning record, padding included"),
+    Arg("PR", one_of("fp32", "bf16", "fp16", "fp8"), "fp32, bf16, fp16 or fp8"),
+    Arg("TP", count, f"{COUNT}: tensor-parallel ranks"),
+    Arg("PP", count, f"{COUNT}: pipeline stages"),
+    Arg("CP", count, f"{COUNT}: context-parallel ranks"),
+    Arg("EP", count, f"{COUNT}: expert-parallel ranks"),
+    Arg("SP", switch, f"{SWITCH}: sequence parallelism"),
+    Arg("DO", switch, f"{SWITCH}: shard master weights and optimizer state over data-parallel ranks"),
+    Arg("FL", switch, f"{SWITCH}: the fastest attention kernel available"),
+    Arg("SFT", switch, f"{SWITCH}: fine-tune on instructions, counted in iterations"),
+    Arg("AC", recomputation, "sel, full, offload, none or false (= none)"),
+    Arg("OPTIMIZER_OFFLOAD", one_of("false", "static", "auto"), "false, static or auto"),
+    Arg("SAVE_INTERVAL", count, f"{COUNT}: iterations between checkpoints"),
+    Arg("DATASET_PATH", words, "a .bin/.idx prefix, 'weight prefix weight prefix …', or a JSON file (raw)"),
+    Arg("VALID_DATASET_PATH", words, "the same for validation"),
+    Arg("PRETRAIN_CHECKPOINT_PATH", words, "a checkpoint directory, or none"),
+    Arg("TRAIN_TOKENS_OR_ITERS", count, f"{COUNT}: tokens, or iterations when SFT=true"),
+    Arg("WARMUP_TOKENS_OR_ITERS", whole, f"{WHOLE}: tokens, or iterations when SFT=true"),
+    Arg("OUTPUT_BASEPATH", words, "the directory for checkpoints and logs"),
+)
+
+CONVERSION: Table = (
+    Arg("MODEL_SIZE", words, "a size of the family, or auto (from config.json)"),
+    Arg("HG_CKPT_PATH", words, "the Hugging Face directory with config and tokenizer files"),
+    Arg("MEGATRON_PATH", str, "anything: accepted and ignored"),
+    Arg("SOURCE_CKPT_PATH", words, "the directory to read"),
+    Arg("TARGET_CKPT_PATH", words, "the directory to write"),
+    Arg("TP", count, f"{COUNT}: tensor-parallel ranks"),
+    Arg("PP", count, f"{COUNT}: pipeline stages"),
+    Arg("EXTRA_VOCAB_SIZE", whole, f"{WHOLE}: embedding rows to add"),
+    Arg("NUM_EXPERTS", whole, f"{WHOLE}; 0: dense"),
+    Arg("EXPERTS_TOPK", whole, f"{WHOLE}; 0: dense"),
+    Arg("EP", whole, f"{WHOLE}: expert-parallel ranks; 0: dense"),
+    Arg("mg2hf", switch, f"{SWITCH}: convert back to Hugging Face"),
+    Arg("WS", whole, f"{WHOLE}: world size of an 8x7B", default="0"),
+)
+
+# Tokenizer names that documents pass, and the output prefix each has always had.
+PREFIXES = {
+    "auto": "mmap_datasets",
+    "MistralTokenizer": "mmap_mistral_datasets",
+    "MixtralTokenizer": "mmap_mixtral_datasets",
+    "LLamaTokenizer": "mmap_llama_datasets",
+    "LLama2Tokenizer": "mmap_llama2_datasets",
+    "LLama3Tokenizer": "mmap_llama3_datasets",
+    "Qwen2Tokenizer": "mmap_qwen2_datasets",
+    "Qwen3Tokenizer": "mmap_qwen3_datasets",
+    "DeepSeekV2Tokenizer": "mmap_deepseekv2_datasets",
+    "GPT2BPETokenizer": "mmap_{dataset}_datasets",
+}
+
+PREPROCESSING: Table = (
+    Arg("INPUT_DATA_PATH", words, "a JSON-lines file, or a directory of them"),
+    Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
+    Arg("JSON_KEYS", words, "the keys to tokenize, separated by spaces or commas"),
+    Arg("OUTPUT_DATA_DIR", words, "the directory to write"),
+    Arg("LOAD_DIR", words, "the tokenizer's directory"),
+    Arg("DATASET_NAME", str, "the name in the output prefix, for GPT2BPETokenizer only", default=""),
+)
+
+DRY_RUN = Arg("MP_DRY_RUN", on_or_off, "1 (print the plan, start nothing) or 0", default="0")
+
+VARIABLES: Table = (
+    Arg("MP_DATASET_TYPE", one_of("idxmap", "raw"), "idxmap or raw", default="idxmap"),
+    Arg("MP_SFT_PACKING", switch, SWITCH, default="false"),
+    Arg("MP_VP", whole, f"{WHOLE}: layers per virtual pipeline stage; 0: none", default="0"),
+    Arg("MP_AC_LAYERS", whole, f"{WHOLE}: layers recomputed or offloaded together", default="0"),
+    Arg("MP_PP0_LAYERS", whole, f"{WHOLE}: layers of the first pipeline stage", default="0"),
+)
+
+
+class Launcher:
+    """What one `.sh` runs: the module that plans it, its tables, what it refuses for now, the families it serves."""
+
+    __slots__ = ("families", "module", "table", "unbuilt", "variables")
+
+    def __init__(
+        self,
+        module: str,
+        table: Table,
+        *,
+        variables: Table = (),
+        unbuilt: tuple[unbuilt.Line, ...] = (),
+        families: tuple[str, ...] = (),
+    ) -> None:
+        self.module, self.table, self.variables, self.unbuilt, self.families = (
+            module,
+            table,
+            variables,
+            unbuilt,
+            families,
+        )
+
+
+LAUNCHERS = {
+    "mistral": Launcher("training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral",)),
+    "mistral-convert": Launcher("conversion", CONVERSION, unbuilt=unbuilt.CONVERSION, families=("mistral",)),
+    "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
+}

@@ -1,0 +1,214 @@
+"""A training launcher's arguments as a run, and the run as a plan whose command starts it."""
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.config.checkpoint import CheckpointConfig
+from megatron_patch.config.checks import problems
+from megatron_patch.config.data import DataConfig
+from megatron_patch.config.flags import to_flags
+from megatron_patch.config.optimizer import OptimizerConfig
+from megatron_patch.config.parallel import ParallelConfig
+from megatron_patch.config.run import RunConfig
+from megatron_patch.data.paths import split_words
+from megatron_patch.families.resolve import Resolved
+from megatron_patch.launch import cluster, unbuilt
+from megatron_patch.launch.options import overridden
+from megatron_patch.launch.positional import Request, UsageError, place
+from megatron_patch.launch.size import resolve_size
+from megatron_patch.parallel.grid import Grid, smallest_world
+from megatron_patch.plan.describe import UNKNOWN_MEMORY, describe
+from megatron_patch.plan.disk import look
+from megatron_patch.plan.schedule import iterations
+
+# Settings that a message names, as the user typed them.
+CAPITALS = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "context_parallel_size": "CP",
+    "expert_model_parallel_size": "EP",
+    "sequence_parallel": "SP",
+    "micro_batch_size": "BATCH_SIZE",
+    "global_batch_size": "GLOBAL_BATCH_SIZE",
+    "lr": "LR",
+    "min_lr": "MIN_LR",
+    "seq_length": "SEQ_LEN",
+    "max_padding_length": "PAD_LEN",
+    "save_interval": "SAVE_INTERVAL",
+}
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """The plan of one run. Raises UsageError (or ValueError, OSError) for everything that stands in its way at once."""
+    resolved, warnings = resolve_size(request, request.texts["PRETRAIN_CHECKPOINT_PATH"])
+    elsewhere = {
+        "--load": place(request.table, "PRETRAIN_CHECKPOINT_PATH"),
+        "--family": place(request.table, "MODEL_SIZE"),
+    }
+    run = overridden(run_config(request, resolved), request.options, elsewhere)
+    _check_built(run)
+    ranks = _ranks(request, run)
+    warnings += _check(request, run, ranks.world)
+    grid = _grid(run, ranks.world)
+    sections = describe(run, resolved.family, grid)
+    sections["parallel"]["counted"] = ranks.counted
+    return {
+        "arguments": request.arguments(),
+        **sections,
+        "environment": _environment(request, ranks),
+        "command": [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *ranks.options,
+            *("-m", "megatron_patch.train", *to_flags(run)),
+        ],
+        "warnings": [*warnings, *_without_effect(request), *_overridden_model(resolved, run), UNKNOWN_MEMORY],
+    }
+
+
+def run_config(request: Request, resolved: Resolved) -> RunConfig:
+    """What the positionals mean, before options. Optimizer constants are the defaults of `OptimizerConfig`."""
+    v = request.values
+    train, warmup, decay = iterations(
+        v["TRAIN_TOKENS_OR_ITERS"],
+        v["WARMUP_TOKENS_OR_ITERS"],
+        v["GLOBAL_BATCH_SIZE"] * v["SEQ_LEN"],
+        is_fine_tuning=v["SFT"],
+    )
+    base, name = Path(v["OUTPUT_BASEPATH"]), run_name(request, resolved.family.name, train, warmup)
+    return RunConfig(
+        model=resolved.config,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=v["TP"],
+            pipeline_model_parallel_size=v["PP"],
+            context_parallel_size=v["CP"],
+            expert_model_parallel_size=v["EP"],
+            sequence_parallel=v["SP"] and v["TP"] > 1,
+            use_distributed_optimizer=v["DO"],
+        ),
+        data=_data(v),
+        optimizer=OptimizerConfig(lr=v["LR"], min_lr=v["MIN_LR"], lr_warmup_iters=warmup, lr_decay_iters=decay),
+        checkpoint=CheckpointConfig(
+            load=None if is_none(v["PRETRAIN_CHECKPOINT_PATH"]) else v["PRETRAIN_CHECKPOINT_PATH"],
+            save=str(base / "checkpoint" / name),
+            save_interval=v["SAVE_INTERVAL"],
+        ),
+        family=resolved.family.name,
+        train_iters=train,
+        micro_batch_size=v["BATCH_SIZE"],
+        global_batch_size=v["GLOBAL_BATCH_SIZE"],
+        precision=v["PR"],
+        use_flash_attn=v["FL"],
+        tensorboard_dir=str(base / "tensorboard" / f"{name}_{time.strftime('%Y.%m.%d-%H.%M.%S')}"),
+        log_file=str(base / "log" / f"{name}.jsonl"),
+    )
+
+
+def run_name(request: Request, family: str, train_iters: int, warmup_iters: int) -> str:
+    """The run's name in every output path: its arguments as typed, so that two different runs do not meet."""
+    text = {name: value.strip() for name, value in request.texts.items()} | {"AC": request.values["AC"]}
+    kind = "finetune" if request.values["SFT"] else "pretrain"
+    shape = "-".join(f"{axis.lower()}-{text[axis]}" for axis in ("PR", "TP", "PP", "CP", "EP", "AC", "DO", "SP"))
+    return (
+        f"{kind}-mcore-{family}-{text['MODEL_SIZE']}-lr-{text['LR']}-minlr-{text['MIN_LR']}-bs-{text['BATCH_SIZE']}"
+        f"-gbs-{text['GLOBAL_BATCH_SIZE']}-seqlen-{text['SEQ_LEN']}-{shape}-ti-{train_iters}-wi-{warmup_iters}"
+    )
+
+
+def _data(v: Mapping[str, Any]) -> DataConfig:
+    is_raw = v["MP_DATASET_TYPE"] == "raw"
+    train, valid = ((v[name],) if is_raw else split_words(v[name]) for name in ("DATASET_PATH", "VALID_DATASET_PATH"))
+    return DataConfig(
+        train_data_path=train,
+        valid_data_path=valid,
+        dataset="JSON-SFT" if is_raw else "MMAP",
+        seq_length=v["SEQ_LEN"],
+        max_padding_length=v["PAD_LEN"],
+    )
+
+
+def _check_built(run: RunConfig) -> None:
+    """Hold what options made of the parallel sizes against what is built, too."""
+    flags = {"PP": "pipeline_model_parallel_size", "CP": "context_parallel_size", "EP": "expert_model_parallel_size"}
+    values = {name: getattr(run.parallel, field) for name, field in flags.items()}
+    unbuilt.check_built(unbuilt.TRAINING, values, lambda name: "--" + flags[name].replace("_", "-"))
+
+
+def _ranks(request: Request, run: RunConfig) -> cluster.Cluster:
+    if request.values["ENV"] == "dlc":
+        return cluster.many_nodes(request.environ)
+    return cluster.one_node(request.environ, smallest_world(*_axes(run)))
+
+
+def _grid(run: RunConfig, world: int) -> Grid:
+    tp, cp, ep, pp = _axes(run)
+    return Grid(tp=tp, cp=cp, ep=ep, pp=pp, world=world)
+
+
+def _axes(run: RunConfig) -> tuple[int, int, int, int]:
+    sizes = run.parallel
+    return (
+        sizes.tensor_model_parallel_size,
+        sizes.context_parallel_size,
+        sizes.expert_model_parallel_size,
+        sizes.pipeline_model_parallel_size,
+    )
+
+
+def _check(request: Request, run: RunConfig, world: int) -> list[str]:
+    """Raise UsageError with all that is broken. A dry run only warns of paths that are missing or occupied now."""
+    now, wrong = look(run)
+    broken = [*problems(run, world), *wrong, *([] if request.is_dry else now)]
+    if broken:
+        raise UsageError("\n".join(in_capitals(sentence, request) for sentence in broken))
+    return now
+
+
+def in_capitals(sentence: str, request: Request) -> str:
+    """Field names replaced by the arguments they came from: `TP (argument 10)`."""
+    numbers = {arg.name: number for number, arg in enumerate(request.table, 1)}
+    return re.sub(
+        rf"\b({'|'.join(CAPITALS)})\b",
+        lambda match: f"{CAPITALS[match[0]]} (argument {numbers[CAPITALS[match[0]]]})",
+        sentence,
+    )
+
+
+def is_none(path: str) -> bool:
+    """PRETRAIN_CHECKPOINT_PATH: start from random weights."""
+    return path.lower() == "none"
+
+
+def _environment(request: Request, ranks: cluster.Cluster) -> dict[str, str]:
+    """Variables set for the ranks: without accelerators, the cores are divided among them."""
+    if "OMP_NUM_THREADS" in request.environ or cluster.accelerators(request.environ)[0]:
+        return {}
+    return {"OMP_NUM_THREADS": str(cluster.threads_per_rank(ranks.ranks_per_node))}
+
+
+def _without_effect(request: Request) -> list[str]:
+    v, is_raw = request.values, request.values["MP_DATASET_TYPE"] == "raw"
+    pad, length = v["PAD_LEN"], v["SEQ_LEN"]
+    rules = (
+        (v["SP"] and v["TP"] == 1, "SP (argument 14) is true: no effect without tensor parallelism (TP is 1)"),
+        (v["MP_AC_LAYERS"] > 0, "MP_AC_LAYERS has no effect: no activations are recomputed or offloaded (AC is none)"),
+        (v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
+        (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),
+        (is_raw and pad != length, f"SEQ_LEN (argument 7) is {length}: raw records are PAD_LEN = {pad} tokens long"),
+        (
+            is_raw and v["DATASET_PATH"] == v["VALID_DATASET_PATH"],
+            "VALID_DATASET_PATH (argument 22) is the training file: the validation loss measures memory",
+        ),
+    )
+    return [sentence for applies, sentence in rules if applies]
+
+
+def _overridden_model(resolved: Resolved, run: RunConfig) -> list[str]:
+    return [
+        f"{name} is {getattr(run.model, name)} by option, {value} by MODEL_SIZE or config.json"
+        for name, value in vars(resolved.config).items()
+        if getattr(run.model, name) != value
+    ]

@@ -1,0 +1,73 @@
+"""What a positional's text may be: parsers that return a value or raise ValueError."""
+
+from collections.abc import Callable
+
+LARGEST_EXACT_FLOAT = 2**53
+
+
+def whole(text: str) -> int:
+    """A whole number ≥ 0; `10_000` and `1e9` are numbers too."""
+    try:
+        value = int(text)
+    except ValueError:
+        real = float(text)
+        if not real.is_integer() or real > LARGEST_EXACT_FLOAT:
+            raise ValueError(f"{text} is not a whole number") from None
+        value = int(real)
+    if value < 0:
+        raise ValueError(f"{text} is negative")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number ≥ 1."""
+    value = whole(text)
+    if value < 1:
+        raise ValueError(f"{text} is less than 1")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number ≥ 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text} is negative or not finite")
+    return value
+
+
+def switch(text: str) -> bool:
+    """`true` or `false`, in any case."""
+    lowered = text.lower()
+    if lowered not in ("true", "false"):
+        raise ValueError(f"{text} is neither true nor false")
+    return lowered == "true"
+
+
+def on_or_off(text: str) -> bool:
+    """A switch that the environment spells 1 or 0, and people also spell true or false."""
+    return {"1": True, "0": False, "": False}[text] if text in ("1", "0", "") else switch(text)
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of `names`, in any case; the value is the spelling in `names`."""
+
+    def parse(text: str) -> str:
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise ValueError(f"{text} is not one of {', '.join(names)}")
+
+    return parse
+
+
+def recomputation(text: str) -> str:
+    """AC: `false`, which documents use, is `none`."""
+    value = one_of("sel", "full", "offload", "none", "false")(text)
+    return "none" if value == "false" else value
+
+
+def words(text: str) -> str:
+    """Text that is not empty, as typed."""
+    if not text.strip():
+        raise ValueError("empty")
+    return text

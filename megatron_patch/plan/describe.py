@@ -1,0 +1,39 @@
+"""A run as the sections of its plan: plain numbers and texts, ready for JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_patch.config.run import RunConfig
+from megatron_patch.families.family import Family
+from megatron_patch.families.manifest import manifest, parameter_count
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.plan.memory import memory
+from megatron_patch.plan.schedule import schedule
+
+UNKNOWN_MEMORY = "memory of activations is not estimated"
+
+
+def describe(run: RunConfig, family: Family, grid: Grid) -> dict[str, Any]:
+    """Sections `model`, `parallel`, `schedule`, `memory` (bytes per device), `output`. `run` has passed its checks."""
+    parameters = parameter_count(family, run.model)
+    return {
+        "model": {
+            "family": family.name,
+            "parameters": parameters,
+            "active_parameters": parameters,
+            **asdict(run.model),
+            "precision": run.precision,
+        },
+        "parallel": {
+            **{axis: getattr(grid, axis) for axis in ("tp", "pp", "cp", "ep", "dp", "world")},
+            "sequence_parallel": run.parallel.sequence_parallel,
+            "use_distributed_optimizer": run.parallel.use_distributed_optimizer,
+        },
+        "schedule": schedule(run, grid.dp),
+        "memory": memory(run, manifest(family, run.model), grid),
+        "output": {
+            "checkpoint": run.checkpoint.save,
+            "tensorboard": run.tensorboard_dir,
+            "log": run.log_file,
+        },
+    }

@@ -1,0 +1,97 @@
+"""What a run needs on disk: its datasets, start weights and tokenizer there, its output directory free."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_patch.config.run import RunConfig
+from megatron_patch.data.index_header import read_header
+from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.splits import parse_split
+
+TRACKER = "latest_checkpointed_iteration.txt"
+WEIGHTS = (TRACKER, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def look(run: RunConfig) -> tuple[list[str], list[str]]:
+    """Sentences about what stands in the way now but may change (missing or occupied paths), and about what is wrong.
+
+    The first kind is an OSError in the checks below, the second a ValueError.
+    """
+    now, wrong = [], []
+    for check in (check_training_data, check_validation_data, check_checkpoint, check_tokenizer, check_output):
+        try:
+            check(run)
+        except OSError as error:
+            now.append(str(error))
+        except ValueError as error:
+            wrong.append(str(error))
+    return list(dict.fromkeys(now)), list(dict.fromkeys(wrong))
+
+
+def check_training_data(run: RunConfig) -> None:
+    """Raise unless every training dataset is there and whole, and its split can be read."""
+    _check_dataset(run.data.dataset, run.data.train_data_path)
+    if run.data.dataset == "MMAP" and run.data.train_data_path == run.data.valid_data_path:
+        parse_split(run.data.split)
+
+
+def check_validation_data(run: RunConfig) -> None:
+    """The same for validation."""
+    _check_dataset(run.data.dataset, run.data.valid_data_path)
+
+
+def check_checkpoint(run: RunConfig) -> None:
+    """Raise unless the directory to load holds a Megatron tracker file or Hugging Face weights."""
+    load = run.checkpoint.load
+    if load is None:
+        return
+    directory = Path(load)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"checkpoint directory {load!r} does not exist")
+    if not any(next(directory.glob(pattern), None) for pattern in WEIGHTS):
+        raise FileNotFoundError(f"checkpoint directory {load!r} holds neither {TRACKER} nor Hugging Face weights")
+
+
+def check_tokenizer(run: RunConfig) -> None:
+    """Raise unless the tokenizer directory, where one is named, is there."""
+    name = run.data.tokenizer_model
+    if name is not None and not Path(name).is_dir():
+        raise FileNotFoundError(f"tokenizer directory {name!r} does not exist")
+
+
+def check_output(run: RunConfig) -> None:
+    """Raise unless checkpoints, events and log can be written without replacing an earlier run's."""
+    for path in (run.checkpoint.save, run.tensorboard_dir, run.log_file):
+        if path is not None:
+            check_writable(path)
+    if (Path(run.checkpoint.save) / TRACKER).exists() and not run.checkpoint.overwrite:
+        raise FileExistsError(
+            f"{run.checkpoint.save} already holds checkpoints, and weights alone cannot be continued yet; "
+            "pass --overwrite to replace them, or name another output directory"
+        )
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise unless `path` could be created: its nearest existing parent is a directory that we may write to."""
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no permission in {parent}")
+
+
+def _check_dataset(kind: str, paths: tuple[str, ...]) -> None:
+    check_one: Callable[[str], object] = read_header
+    prefixes = [source.prefix for source in parse_blend(paths)] if kind == "MMAP" else paths
+    if kind != "MMAP":
+        check_one = _check_file
+    for path in prefixes:
+        check_one(path)
+
+
+def _check_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"JSON dataset {path!r} does not exist")

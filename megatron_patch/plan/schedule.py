@@ -1,0 +1,67 @@
+"""From what a user counts, tokens or iterations, to what the optimizer counts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_patch.config.checks import sample_length
+from megatron_patch.config.run import RunConfig
+from megatron_patch.data.index_header import read_header
+from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.splits import parse_split
+
+
+def iterations(amount: int, warmup: int, tokens_per_iteration: int, *, is_fine_tuning: bool) -> tuple[int, int, int]:
+    """(train, warm-up, decay) iterations, rounded down.
+
+    Pre-training counts `amount` and `warmup` in tokens and decays to the end; fine-tuning counts both in iterations
+    and decays over what the warm-up leaves.
+    """
+    if is_fine_tuning:
+        return amount, warmup, amount - warmup
+    train = amount // tokens_per_iteration
+    return train, warmup // tokens_per_iteration, train
+
+
+def schedule(run: RunConfig, dp: int) -> dict[str, Any]:
+    """The optimizer's schedule, and how much data it passes over; `epochs` is None where there is no dataset to count."""
+    samples = run.train_iters * run.global_batch_size
+    tokens = samples * sample_length(run)
+    available = _tokens_on_disk(run)
+    return {
+        "train_iters": run.train_iters,
+        "lr_warmup_iters": run.optimizer.lr_warmup_iters,
+        "lr_decay_iters": run.optimizer.lr_decay_iters,
+        "lr_decay_style": run.optimizer.lr_decay_style,
+        "lr": run.optimizer.lr,
+        "min_lr": run.optimizer.min_lr,
+        "micro_batch_size": run.micro_batch_size,
+        "global_batch_size": run.global_batch_size,
+        "micro_batches": run.global_batch_size // (run.micro_batch_size * dp),
+        "sample_length": sample_length(run),
+        "samples": samples,
+        "tokens": tokens,
+        "dataset_tokens": available,
+        "epochs": round(tokens / available, 4) if available else None,
+        "eval_interval": run.eval_interval,
+        "eval_iters": run.eval_iters,
+        "save_interval": run.checkpoint.save_interval,
+    }
+
+
+def _tokens_on_disk(run: RunConfig) -> int | None:
+    """Training tokens of one unweighted dataset; raw records are not tokenized yet, and a blend has no one epoch."""
+    if run.data.dataset != "MMAP":
+        return None
+    sources = parse_blend(run.data.train_data_path)
+    if any(source.weight is not None for source in sources):
+        return None
+    try:
+        total = _sum_of_tokens([source.prefix for source in sources])
+    except (OSError, ValueError):
+        return None
+    is_divided = run.data.train_data_path == run.data.valid_data_path
+    return int(total * parse_split(run.data.split)[0]) if is_divided else total
+
+
+def _sum_of_tokens(prefixes: Sequence[str]) -> int:
+    return sum(read_header(prefix).tokens for prefix in prefixes)

@@ -1,0 +1,31 @@
+"""A plan as text for people."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+INDENT = 2
+
+
+def render(plan: Mapping[str, Any]) -> str:
+    """Every section of `plan`, one setting per line; then warnings and the command."""
+    sections = {name: section for name, section in plan.items() if isinstance(section, Mapping) and section}
+    width = max(len(key) for section in sections.values() for key in section)
+    lines = []
+    for name, section in sections.items():
+        shown = _in_gib if name == "memory" else _plain
+        lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
+    lines += [f"warning: {warning}" for warning in plan["warnings"]]
+    return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _in_gib(value: int | None) -> str:
+    return "unknown" if value is None else f"{value / 2**30:.3f} GiB"
