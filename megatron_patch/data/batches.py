@@ -1,0 +1,199 @@
+"""What training consumes: micro-batches of one data-parallel rank, in Megatron's `single` order."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from megatron_patch.config.data import DataConfig
+from megatron_patch.data.blend import SampleDataset, blended
+from megatron_patch.data.gpt import GPTDataset
+from megatron_patch.data.indexed import IndexedDataset
+from megatron_patch.data.instructions import InstructionDataset
+from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.prompts import resolve_renderer
+from megatron_patch.data.splits import split_range
+from megatron_patch.data.tokenizer import vocabulary_size
+
+Order = Callable[[int], int]  # global sample position → index of the dataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: tokens int64 [B, S], labels int64 [B, S] already shifted, loss_mask float32 [B, S].
+
+    Labels are valid ids everywhere, masked ones too. Positions are 0 to S-1 in every row.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Which global samples one data-parallel rank sees. Raises ValueError when the sizes do not divide."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.size):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} × data-parallel size {self.size}"
+            )
+
+    def positions(self, step: int) -> Iterator[range]:
+        """This rank's global sample positions of a step, one range per micro-batch.
+
+        Every block of micro_batch_size × size consecutive samples is dealt to the ranks in slices.
+        """
+        begin = step * self.global_batch_size
+        first = begin + self.rank * self.micro_batch_size
+        for start in range(first, begin + self.global_batch_size, self.micro_batch_size * self.size):
+            yield range(start, start + self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """One list of micro-batches per step of `steps`; iterating again gives the same ones."""
+
+    dataset: SampleDataset
+    order: Order
+    deal: Deal
+    steps: range
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for step in self.steps:
+            yield [self._batch(positions) for positions in self.deal.positions(step)]
+
+    def _batch(self, positions: Sequence[int]) -> Batch:
+        samples = [self.dataset[self.order(position)] for position in positions]
+        tokens, labels, loss_mask = (np.stack(part) for part in zip(*samples, strict=True))
+        highest = max(int(tokens.max()), int(labels.max()))
+        if highest >= self.vocabulary:
+            raise ValueError(
+                f"the dataset holds token {highest}, but the tokenizer's ids end at {self.vocabulary - 1}; "
+                "preprocess the data with the tokenizer that belongs to this model"
+            )
+        return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)))
+
+
+def training_batches(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    family_prompt: str,
+    train_iters: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+    start_iteration: int = 0,
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every step from `start_iteration` to `train_iters`, one list per step.
+
+    `family_prompt` names the template of raw records when neither the user nor the tokenizer brings one. Raises
+    ValueError or FileNotFoundError, at once rather than at the first batch, for data that cannot be used.
+    """
+    deal = Deal(global_batch_size, micro_batch_size, rank, size)
+    source = _open(config, tokenizer, "train", train_iters * global_batch_size, family_prompt, is_loud=rank == 0)
+    return iter(Batches(*source, deal, range(start_iteration, train_iters), vocabulary_size(tokenizer)))
+
+
+def validation_batches(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    family_prompt: str,
+    eval_iters: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+) -> Batches:
+    """This rank's micro-batches of `eval_iters` global batches: the same at every iteration over them, so that the
+    points of a validation curve can be compared.
+
+    Small data repeats: indexed data by epochs, records from the first one on. Raises as `training_batches` does.
+    """
+    deal = Deal(global_batch_size, micro_batch_size, rank, size)
+    source = _open(config, tokenizer, "valid", eval_iters * global_batch_size, family_prompt, is_loud=rank == 0)
+    return Batches(*source, deal, range(eval_iters), vocabulary_size(tokenizer))
+
+
+def _open(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    num_samples: int,
+    family_prompt: str,
+    *,
+    is_loud: bool,
+) -> tuple[SampleDataset, Order]:
+    words = config.train_data_path if split == "train" else config.valid_data_path
+    if config.dataset == "MMAP":
+        sources = parse_blend(words)
+        dataset = blended(
+            sources, lambda prefix, count: _indexed(config, prefix, split, count), num_samples, config.data_cache_path
+        )
+        return dataset, lambda position: position
+    if len(words) != 1:
+        raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
+    renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
+    dataset = InstructionDataset(words[0], tokenizer, renderer, length=config.max_padding_length)
+    if dataset.skipped and is_loud:
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d records left out, their prompts alone are longer than %d tokens",
+            words[0], dataset.skipped, dataset.skipped + len(dataset), config.max_padding_length,
+        )  # fmt: skip
+    first, last = _bounds(config, words[0], split, len(dataset))
+    return dataset, _shuffled(first, last, config.seed) if split == "train" else _repeated(first, last)
+
+
+def _indexed(config: DataConfig, prefix: str, split: str, num_samples: int | None) -> GPTDataset:
+    indexed = IndexedDataset(prefix)
+    bounds = _bounds(config, prefix, split, len(indexed))
+    return GPTDataset(
+        indexed, bounds, num_samples, seq_length=config.seq_length, seed=config.seed, cache_path=config.data_cache_path
+    )
+
+
+def _bounds(config: DataConfig, path: str, split: str, count: int) -> tuple[int, int]:
+    """The elements of `path` that this split may use: all of them unless training and validation share their data."""
+    if config.train_data_path != config.valid_data_path:
+        return 0, count
+    first, last = split_range(config.split, split, count)
+    if first == last:
+        raise ValueError(
+            f"split {config.split!r} leaves nothing of {path!r} ({count} documents or records) for {split}; "
+            "change --split or name another validation dataset"
+        )
+    return first, last
+
+
+def _shuffled(first: int, last: int, seed: int) -> Order:
+    """Every element once per epoch, in an order of its own each epoch."""
+    count = last - first
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return first + np.random.default_rng((seed, epoch)).permutation(count)
+
+    return lambda position: int(order(position // count)[position % count])
+
+
+def _repeated(first: int, last: int) -> Order:
+    return lambda position: first + position % (last - first)

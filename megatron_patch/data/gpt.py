@@ -1,0 +1,164 @@
+"""Pre-training samples: fixed-length windows over the shuffled documents of one dataset, in Megatron's order.
+
+The documents of a split are repeated for as many epochs as the samples need, shuffled, and read as one stream of
+tokens. Sample j is tokens j·S to (j+1)·S of it, both included, so consecutive samples share one token. Samples are
+then shuffled. Everything is drawn from one legacy numpy generator, documents first.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_patch.data.index_cache import cached, file_state
+from megatron_patch.data.indexed import IndexedDataset
+
+# With less than this share of the last epoch needed, its documents are shuffled apart from the full epochs'.
+FINAL_EPOCH_THRESHOLD = 0.80
+
+
+class Sample(NamedTuple):
+    """One training sample: tokens int64 [S], labels int64 [S] already shifted, loss_mask float32 [S]."""
+
+    tokens: npt.NDArray
+    labels: npt.NDArray
+    loss_mask: npt.NDArray
+
+
+class Epochs(NamedTuple):
+    """How often the documents are read, and how many samples come before a last epoch kept apart (0: none is)."""
+
+    count: int
+    samples_before_final: int
+
+
+class SampleIndices(NamedTuple):
+    """The three arrays that fix the order of samples.
+
+    `documents` int32 [epochs · sequences]; `samples` int32 or int64 [n + 1, 2]: position in `documents` and token
+    offset of each sample's first token; `shuffle` uint32 or int64 [n].
+    """
+
+    documents: npt.NDArray
+    samples: npt.NDArray
+    shuffle: npt.NDArray
+
+
+class GPTDataset:
+    """Samples of `seq_length` tokens from sequences `first` to `last` (excluded) of an indexed dataset.
+
+    `num_samples` asks for at least that many, over as many epochs as it takes; None means one epoch. Raises
+    ValueError when there is nothing to draw from.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        sequences: tuple[int, int],
+        num_samples: int | None,
+        *,
+        seq_length: int,
+        seed: int,
+        cache_path: str | None = None,
+    ) -> None:
+        self._indexed = indexed
+        ids = np.arange(*sequences, dtype=np.int32)
+        _check_enough(indexed, ids, num_samples, seq_length)
+        key = {
+            "files": [indexed.prefix, *file_state(indexed.prefix)],
+            "order": [*sequences, num_samples, seq_length, seed],
+        }
+        self.indices = SampleIndices(
+            *cached(
+                cache_path,
+                key,
+                lambda: build_indices(indexed.sequence_lengths, ids, num_samples, seq_length=seq_length, seed=seed),
+            )
+        )
+        self._loss_mask = np.ones(seq_length, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.indices.shuffle)
+
+    def __getitem__(self, index: int) -> Sample:
+        window = self._window(int(self.indices.shuffle[index]))
+        return Sample(window[:-1], window[1:], self._loss_mask.copy())
+
+    def _window(self, sample: int) -> npt.NDArray:
+        """The seq_length + 1 tokens of one sample, int64."""
+        (first, start), (last, end) = self.indices.samples[sample : sample + 2].tolist()
+        documents = self.indices.documents[first : last + 1].tolist()
+        get = self._indexed.get
+        if first == last:
+            return get(documents[0], start, end - start + 1).astype(np.int64)
+        parts = [get(documents[0], start), *map(get, documents[1:-1]), get(documents[-1], 0, end + 1)]
+        return np.concatenate(parts, dtype=np.int64)
+
+
+def build_indices(
+    lengths: npt.NDArray, sequences: npt.NDArray, num_samples: int | None, *, seq_length: int, seed: int
+) -> SampleIndices:
+    """The order of at least `num_samples` samples (None: one epoch) from `sequences`, whose sizes are in `lengths`.
+
+    Equal to Megatron-Core's, array by array, except that no loop runs over tokens or documents.
+    """
+    tokens = int(lengths[sequences].sum(dtype=np.int64))
+    epochs = _count_epochs(tokens, num_samples, seq_length)
+    generator = np.random.RandomState(seed)
+    documents = _document_index(sequences, epochs, generator)
+    samples = _sample_index(lengths[documents], seq_length)
+    shuffle = _shuffle_index(len(samples) - 1, epochs.samples_before_final, generator)
+    return SampleIndices(documents, samples, shuffle)
+
+
+def _check_enough(indexed: IndexedDataset, ids: npt.NDArray, num_samples: int | None, seq_length: int) -> None:
+    tokens = int(indexed.sequence_lengths[ids].sum(dtype=np.int64))
+    # One epoch has to hold a whole sample; where more are asked for, documents repeat until they do.
+    needed = seq_length + 1 if num_samples is None else 1
+    if tokens < needed:
+        raise ValueError(
+            f"dataset {indexed.prefix!r}: {len(ids)} of its {len(indexed)} sequences are used here and hold {tokens} "
+            f"tokens, which is too little for a sample of seq_length {seq_length}; add data or change --split"
+        )
+
+
+def _count_epochs(tokens: int, num_samples: int | None, seq_length: int) -> Epochs:
+    if num_samples is None:
+        return Epochs(1, 0)
+    count = max(1, -(-(num_samples * seq_length + 1) // tokens))
+    if count == 1:
+        return Epochs(1, 0)
+    before = ((count - 1) * tokens - 1) // seq_length
+    per_epoch = (tokens - 1) // seq_length
+    is_apart = num_samples - before < int(FINAL_EPOCH_THRESHOLD * per_epoch)
+    return Epochs(count, before if is_apart else 0)
+
+
+def _document_index(sequences: npt.NDArray, epochs: Epochs, generator: np.random.RandomState) -> npt.NDArray:
+    groups = (epochs.count - 1, 1) if epochs.samples_before_final else (epochs.count,)
+    parts = [np.tile(sequences, repeats) for repeats in groups]
+    for part in parts:
+        generator.shuffle(part)
+    return np.concatenate(parts)
+
+
+def _sample_index(lengths: npt.NDArray, seq_length: int) -> npt.NDArray:
+    """Where every seq_length-th token lies. `lengths` are those of the document index, in its order."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts_of_samples = np.arange(0, ends[-1], seq_length)
+    positions = np.searchsorted(ends, starts_of_samples, side="right")
+    offsets = starts_of_samples - (ends[positions] - lengths[positions])
+    positions[0] = 0  # Megatron starts at the first document even when it is empty
+    widest = max(len(lengths), int(lengths.max()))
+    return np.stack([positions, offsets], axis=1).astype(np.int32 if widest <= np.iinfo(np.int32).max else np.int64)
+
+
+def _shuffle_index(count: int, before_final: int, generator: np.random.RandomState) -> npt.NDArray:
+    dtype = np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64
+    index = np.arange(count, dtype=dtype)
+    if before_final:
+        generator.shuffle(index[:before_final])
+        generator.shuffle(index[before_final:])
+    else:
+        generator.shuffle(index)
+    return index

@@ -1,0 +1,61 @@
+"""JSON records from files: one object per line, or one array of objects. Standard library only."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record:
+    """One line as an object. Raises ValueError naming file, line and column."""
+    try:
+        return _object(json.loads(line), f"{os.fspath(path)}, line {number}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{os.fspath(path)}, line {number}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        where = f"{os.fspath(path)}, line {number}, column {error.start + 1}"
+        raise ValueError(f"{where}: the byte {line[error.start]:#04x} is not UTF-8") from None
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Record]]:
+    """Every object of a JSON array or of a JSON-lines file, each with its place (`file, line 3`).
+
+    Blank lines are passed over. Raises FileNotFoundError, or ValueError naming the place that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file; it should hold JSON records")
+    with path.open("rb") as file:
+        is_array = _first_byte(file.read(4096)) == b"["
+        file.seek(0)
+        if is_array:
+            yield from _read_array(file.read(), path)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", parse_line(line, path, number)
+
+
+def _read_array(content: bytes, path: Path) -> Iterator[tuple[str, Record]]:
+    try:
+        array = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
+    for number, value in enumerate(array, 1):
+        where = f"{path}, record {number}"
+        yield where, _object(value, where)
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a {type(value).__name__} stands where an object with named fields is expected")
+    return value
+
+
+def _first_byte(content: bytes) -> bytes:
+    return content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
