@@ -68,10 +68,9 @@ def accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[in
     return 0, ""
 
 
-def threads_per_rank(ranks_per_node: int) -> int:
-    """Processor cores for each rank."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_per_node)
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device_files(kind: str, root: Path) -> int:

@@ -4,8 +4,8 @@ from megatron_patch.families.resolve import Resolved, from_checkpoint, preset, s
 from megatron_patch.launch.positional import Request, UsageError, place
 
 
-def resolve_size(request: Request, directory: str) -> tuple[Resolved, list[str]]:
-    """The architecture, and warnings about how it was chosen. `directory` may be `none`.
+def resolve_size(request: Request, directory: str | None) -> tuple[Resolved, list[str]]:
+    """The architecture, and warnings about how it was chosen. `directory` is None where nothing is loaded.
 
     Raises UsageError for a size that is not offered and for `auto` without a checkpoint, ValueError for a checkpoint
     that contradicts the size. A dry run takes the size's own architecture where the checkpoint is not there yet.
@@ -14,7 +14,7 @@ def resolve_size(request: Request, directory: str) -> tuple[Resolved, list[str]]
     offered = size_names(request.families)
     if size not in offered:
         raise UsageError(f"{where} is {size!r}; allowed: {', '.join(offered)}")
-    if directory.lower() == "none":
+    if directory is None:
         if size == "auto":
             raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
         return preset(request.families, size), []

@@ -2,7 +2,7 @@
 
 from megatron_patch.launch import unbuilt
 from megatron_patch.launch.positional import Arg, Table
-from megatron_patch.launch.values import count, number, on_or_off, one_of, recomputation, switch, whole, words
+from megatron_patch.launch.values import count, keys, number, on_or_off, one_of, recomputation, switch, whole, words
 
 WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
 
@@ -68,7 +68,7 @@ PREFIXES = {
 PREPROCESSING: Table = (
     Arg("INPUT_DATA_PATH", words, "a JSON-lines file, or a directory of them"),
     Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
-    Arg("JSON_KEYS", words, "the keys to tokenize, separated by spaces or commas"),
+    Arg("JSON_KEYS", keys, "the keys to tokenize, separated by spaces or commas"),
     Arg("OUTPUT_DATA_DIR", words, "the directory to write"),
     Arg("LOAD_DIR", words, "the tokenizer's directory"),
     Arg("DATASET_NAME", str, "the name in the output prefix, for GPT2BPETokenizer only", default=""),

@@ -44,7 +44,7 @@ CAPITALS = {
 
 def plan(request: Request) -> dict[str, Any]:
     """The plan of one run. Raises UsageError (or ValueError, OSError) for everything that stands in its way at once."""
-    resolved, warnings = resolve_size(request, request.texts["PRETRAIN_CHECKPOINT_PATH"])
+    resolved, warnings = resolve_size(request, start_weights(request))
     elsewhere = {
         "--load": place(request.table, "PRETRAIN_CHECKPOINT_PATH"),
         "--family": place(request.table, "MODEL_SIZE"),
@@ -92,7 +92,7 @@ def run_config(request: Request, resolved: Resolved) -> RunConfig:
         data=_data(v),
         optimizer=OptimizerConfig(lr=v["LR"], min_lr=v["MIN_LR"], lr_warmup_iters=warmup, lr_decay_iters=decay),
         checkpoint=CheckpointConfig(
-            load=None if is_none(v["PRETRAIN_CHECKPOINT_PATH"]) else v["PRETRAIN_CHECKPOINT_PATH"],
+            load=start_weights(request),
             save=str(base / "checkpoint" / name),
             save_interval=v["SAVE_INTERVAL"],
         ),
@@ -177,16 +177,17 @@ def in_capitals(sentence: str, request: Request) -> str:
     )
 
 
-def is_none(path: str) -> bool:
-    """PRETRAIN_CHECKPOINT_PATH: start from random weights."""
-    return path.lower() == "none"
+def start_weights(request: Request) -> str | None:
+    """The directory in PRETRAIN_CHECKPOINT_PATH; None for `none`: start from random weights."""
+    path = request.values["PRETRAIN_CHECKPOINT_PATH"]
+    return None if path.lower() == "none" else path
 
 
 def _environment(request: Request, ranks: cluster.Cluster) -> dict[str, str]:
     """Variables set for the ranks: without accelerators, the cores are divided among them."""
     if "OMP_NUM_THREADS" in request.environ or cluster.accelerators(request.environ)[0]:
         return {}
-    return {"OMP_NUM_THREADS": str(cluster.threads_per_rank(ranks.ranks_per_node))}
+    return {"OMP_NUM_THREADS": str(max(1, cluster.cores() // ranks.ranks_per_node))}
 
 
 def _without_effect(request: Request) -> list[str]:

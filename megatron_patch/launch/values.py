@@ -66,6 +66,14 @@ def recomputation(text: str) -> str:
     return "none" if value == "false" else value
 
 
+def keys(text: str) -> list[str]:
+    """Names separated by spaces or commas, at least one."""
+    names = text.replace(",", " ").split()
+    if not names:
+        raise ValueError("no key")
+    return names
+
+
 def words(text: str) -> str:
     """Text that is not empty, as typed."""
     if not text.strip():

@@ -27,11 +27,8 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, precision: str, m
 
 
 def _shard(model: GPTModel, devices: DeviceMesh, precision: str) -> None:
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[precision],
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # rotary tables stay float32
-    )
+    mixed = {"param_dtype": DTYPES[precision], "reduce_dtype": torch.float32} if precision != "fp32" else {}
+    policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)  # rotary tables stay float32
     layers: list[nn.Module] = [*model.decoder.layers, model]
     for module in layers:
         fully_shard(module, mesh=devices, mp_policy=policy, reshard_after_forward=False)

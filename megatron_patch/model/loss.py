@@ -8,11 +8,11 @@ from megatron_patch.parallel.mesh import Axis
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, tp: Axis, vocab_size: int) -> Tensor:
-    """Loss per token, float32 [...], from this rank's logits [..., V/tp] and labels [...] in [0, vocab_size).
+    """Loss per token, at least float32 [...], from this rank's logits [..., V/tp] and labels [...] in [0, vocab_size).
 
-    Rows that only pad the vocabulary take no part in the softmax. Overwrites float32 `logits`.
+    Rows that only pad the vocabulary take no part in the softmax. Overwrites `logits` unless it is of half precision.
     """
-    return _CrossEntropy.apply(logits.float(), labels, tp, vocab_size)
+    return _CrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, tp, vocab_size)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., H] scaled to unit root mean square in float32, rounded to x's dtype, times weight [H]."""
+    """x [..., H] scaled to unit root mean square in at least float32, rounded to x's dtype, times weight [H]."""
     return _RMSNorm.apply(x, weight, epsilon)
 
 
@@ -14,7 +14,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = torch.rsqrt(scale.square_() / x.shape[-1] + epsilon)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).to(x.dtype) * weight
@@ -24,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
         grad_weight = (grad * unit).flatten(0, -2).sum(0)
-        grad_unit = grad.float() * weight
+        grad_unit = grad.to(scale.dtype) * weight
         share = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / x.shape[-1]
         grad_x = torch.addcmul(grad_unit, unit, share, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -12,7 +12,7 @@ def rotary_tables(length: int, dim: int, base: float, device: torch.device) -> t
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """x [S, …, D], turned by its position on dimension 0; computed in float32, returned in x's dtype."""
+    """x [S, …, D], turned by its position on dimension 0; computed in at least float32, returned in x's dtype."""
     cos, sin = (table.view(len(table), *[1] * (x.ndim - 2), -1) for table in tables)
     return _Rotate.apply(x, cos, sin)
 
@@ -33,7 +33,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)

@@ -10,7 +10,7 @@ from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import parse_split
 
 TRACKER = "latest_checkpointed_iteration.txt"
-WEIGHTS = (TRACKER, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+WEIGHTS = (TRACKER, "model.safetensors", "model.safetensors.index.json")
 
 
 def look(run: RunConfig) -> tuple[list[str], list[str]]:
@@ -27,6 +27,17 @@ def look(run: RunConfig) -> tuple[list[str], list[str]]:
         except ValueError as error:
             wrong.append(str(error))
     return list(dict.fromkeys(now)), list(dict.fromkeys(wrong))
+
+
+def present_obstacles(*checks: Callable[[], None]) -> list[str]:
+    """The sentences of those `checks` that raise OSError."""
+    sentences = []
+    for check in checks:
+        try:
+            check()
+        except OSError as error:
+            sentences.append(str(error))
+    return sentences
 
 
 def check_training_data(run: RunConfig) -> None:
@@ -49,8 +60,8 @@ def check_checkpoint(run: RunConfig) -> None:
     directory = Path(load)
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint directory {load!r} does not exist")
-    if not any(next(directory.glob(pattern), None) for pattern in WEIGHTS):
-        raise FileNotFoundError(f"checkpoint directory {load!r} holds neither {TRACKER} nor Hugging Face weights")
+    if not any((directory / name).exists() for name in WEIGHTS):
+        raise FileNotFoundError(f"checkpoint directory {load!r} holds none of {', '.join(WEIGHTS)}")
 
 
 def check_tokenizer(run: RunConfig) -> None:

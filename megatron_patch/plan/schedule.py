@@ -23,7 +23,7 @@ def iterations(amount: int, warmup: int, tokens_per_iteration: int, *, is_fine_t
 
 
 def schedule(run: RunConfig, dp: int) -> dict[str, Any]:
-    """The optimizer's schedule, and how much data it passes over; `epochs` is None where there is no dataset to count."""
+    """The optimizer's schedule, and how much data it passes over; `epochs` is None where no dataset is there."""
     samples = run.train_iters * run.global_batch_size
     tokens = samples * sample_length(run)
     available = _tokens_on_disk(run)

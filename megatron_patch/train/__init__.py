@@ -1,0 +1,1 @@
+"""Pre-training and fine-tuning: one process per rank, `python -m megatron_patch.train` under torchrun."""

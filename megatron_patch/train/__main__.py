@@ -1,0 +1,36 @@
+"""One rank of a training run: `torchrun … -m megatron_patch.train --flags`."""
+
+import os
+import sys
+
+import torch.distributed as dist
+
+from megatron_patch.config.flags import from_flags
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.parallel.mesh import build_mesh, start_process_group
+from megatron_patch.train.loop import train
+
+
+def main(argv: list[str]) -> int:
+    """Join the other ranks, train, leave. Returns the exit code; an error of the user's is one sentence."""
+    run = from_flags(argv)
+    parallel = run.parallel
+    try:
+        grid = Grid(
+            tp=parallel.tensor_model_parallel_size,
+            cp=parallel.context_parallel_size,
+            ep=parallel.expert_model_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
+            world=int(os.environ["WORLD_SIZE"]),
+        )
+        device = start_process_group(parallel.distributed_timeout_minutes)
+        train(run, build_mesh(grid, device, sharded=parallel.use_distributed_optimizer))
+        dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        print(f"megatron_patch.train: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

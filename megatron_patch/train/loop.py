@@ -1,0 +1,75 @@
+"""The training loop."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_patch.checkpoint.source import open_checkpoint
+from megatron_patch.config.run import RunConfig
+from megatron_patch.data.batches import Batch, training_batches, validation_batches
+from megatron_patch.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_patch.families import ALL
+from megatron_patch.families.manifest import Entry, manifest
+from megatron_patch.model.build import build_model
+from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.log import Log
+from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
+from megatron_patch.train.save import save_checkpoint
+from megatron_patch.train.schedule import learning_rate
+from megatron_patch.train.step import evaluate, train_step
+from megatron_patch.train.weights import RandomWeights, Source, load_weights
+
+
+def train(run: RunConfig, mesh: Mesh) -> None:
+    """From the start weights to the last checkpoint."""
+    log = Log(run, enabled=mesh.rank == 0)
+    entries = manifest(ALL[run.family], run.model)
+    training, validation = _batches(run, mesh)
+    model = build_model(run.model, run.parallel, run.precision, mesh)
+    load_weights(model, entries, _start_weights(run, entries, log), mesh.tp)
+    optimizer = build_optimizer(run.optimizer, model)
+
+    with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
+        log.before_training(evaluate(model, validation, mesh))
+        for iteration, micro_batches in enumerate(training, 1):
+            rate = learning_rate(run.optimizer, iteration - 1)
+            set_learning_rate(optimizer, rate)
+            result = train_step(run, model, optimizer, entries, micro_batches, mesh)
+            fields = log.iteration(iteration, result, rate)
+            is_validated = _due(run, iteration, run.eval_interval)
+            log.finish(iteration, fields, evaluate(model, validation, mesh) if is_validated else None)
+            if _due(run, iteration, run.checkpoint.save_interval):
+                save_checkpoint(run, model, iteration, mesh)
+                log.say(f" saved checkpoint of iteration {iteration} in {run.checkpoint.save}")
+    log.close()
+
+
+def _batches(run: RunConfig, mesh: Mesh) -> tuple[Iterable[list[Batch]], Iterable[list[Batch]]]:
+    """This data-parallel rank's training steps, and its validation steps, which can be iterated again and again."""
+    tokenizer = load_tokenizer(run.data.tokenizer_model or run.checkpoint.load, run.data.trust_remote_code)
+    check_vocabulary(tokenizer, run.model.vocab_size)
+    dealt = {
+        "family_prompt": ALL[run.family].prompt_type,
+        "global_batch_size": run.global_batch_size,
+        "micro_batch_size": run.micro_batch_size,
+        "rank": mesh.dp.rank,
+        "size": mesh.dp.size,
+    }
+    return (
+        training_batches(run.data, tokenizer, train_iters=run.train_iters, **dealt),
+        validation_batches(run.data, tokenizer, eval_iters=run.eval_iters, **dealt),
+    )
+
+
+def _due(run: RunConfig, iteration: int, interval: int) -> bool:
+    return iteration == run.train_iters or iteration % interval == 0
+
+
+def _start_weights(run: RunConfig, entries: list[Entry], log: Log) -> Source:
+    if run.checkpoint.load is None:
+        log.say(f" starting from random weights (seed {run.data.seed})")
+        return RandomWeights(run.model, entries, run.data.seed)
+    source = open_checkpoint(run.checkpoint.load, ALL[run.family], run.model)
+    log.say(f" starting from the weights in {run.checkpoint.load} ({source.describe()}) with a new optimizer")
+    return source

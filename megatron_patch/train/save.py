@@ -1,0 +1,57 @@
+"""Writing a run's checkpoint: classic mcore files, visible only when every rank has written its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_patch.checkpoint.assets import copy_assets, write_dtype
+from megatron_patch.checkpoint.atomic import write_text
+from megatron_patch.checkpoint.mcore import megatron_args, publish, write_rank
+from megatron_patch.config.run import RunConfig
+from megatron_patch.families import ALL
+from megatron_patch.model.build import DTYPES
+from megatron_patch.parallel.mesh import Mesh
+
+
+def save_checkpoint(run: RunConfig, model: nn.Module, iteration: int, mesh: Mesh) -> None:
+    """Write `iter_NNNNNNN`, weights in the compute precision, and then the tracker. Every rank takes part."""
+    root, dtype = Path(run.checkpoint.save), DTYPES[run.precision]
+    weights = tensor_parallel_weights(model, dtype, keep=mesh.dp.rank == 0)
+    if mesh.dp.rank == 0:
+        write_rank(root, iteration, mesh.tp.rank, weights, megatron_args(run.model, mesh.tp.size, dtype))
+    if dist.is_initialized():
+        dist.barrier()
+    if mesh.rank == 0:
+        write_companions(run, root)
+        publish(root, iteration, mesh.tp.size)
+
+
+def write_companions(run: RunConfig, root: Path) -> None:
+    """The files beside the weights: configuration, tokenizer, and `run.json`, the resolved run."""
+    if run.checkpoint.load is None:
+        hf = ALL[run.family].hf_config(run.model, dtype="float32")
+        write_text(root / "config.json", json.dumps(hf, indent=2) + "\n")
+    for directory in (run.data.tokenizer_model, run.checkpoint.load):
+        if directory is not None:
+            copy_assets(Path(directory), root)
+    write_dtype(root, str(DTYPES[run.precision]).removeprefix("torch."))
+    write_text(root / "run.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+
+
+@torch.no_grad()
+def tensor_parallel_weights(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
+    """This tensor-parallel rank's parameters in `dtype`, on the CPU, whole over data-parallel ranks.
+
+    Every data-parallel rank takes part; only those with `keep` hold the result.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if keep:
+            weights[name] = whole.to("cpu", dtype, copy=True)
+    return weights

@@ -1,0 +1,88 @@
+"""One optimizer step and one validation pass."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_patch.config.run import RunConfig
+from megatron_patch.data.batches import Batch
+from megatron_patch.families.manifest import Entry
+from megatron_patch.model.build import synchronise_gradients
+from megatron_patch.model.decoder import GPTModel
+from megatron_patch.parallel.collectives import sum_
+from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.optimizer import clip_gradients, sum_sequence_parallel_gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss over the global batch's unmasked tokens, and the gradient norm before clipping."""
+
+    loss: float
+    gradient_norm: float
+
+
+def train_step(
+    run: RunConfig,
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    entries: list[Entry],
+    micro_batches: list[Batch],
+    mesh: Mesh,
+) -> StepResult:
+    """Accumulate the micro-batches' gradients, clip, update."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = backward(model, micro_batches, mesh)
+    if model.sequence_parallel:
+        sum_sequence_parallel_gradients(model, entries, mesh.tp)
+    norm = clip_gradients(
+        model,
+        entries,
+        mesh,
+        limit=run.optimizer.clip_grad,
+        sharded=run.parallel.use_distributed_optimizer,
+    )
+    optimizer.step()
+    return StepResult(loss.item(), norm.item())
+
+
+def backward(model: GPTModel, micro_batches: list[Batch], mesh: Mesh) -> Tensor:
+    """Gradients of the mean loss over the global batch's unmasked tokens. Returns that loss.
+
+    The number of tokens is known before the first forward, so that the result depends neither on how samples fall
+    into micro-batches nor on the ranks that hold them.
+    """
+    tokens = _token_count(micro_batches, mesh)
+    total = torch.zeros((), device=mesh.device)
+    for number, batch in enumerate(micro_batches, 1):
+        synchronise_gradients(model, number == len(micro_batches))
+        loss = _summed_loss(model, batch, mesh) / tokens
+        loss.backward()
+        total += loss.detach()
+    return sum_(total, mesh.dp)
+
+
+@torch.no_grad()
+def evaluate(model: GPTModel, batches: Iterable[list[Batch]], mesh: Mesh) -> float:
+    """Mean loss over the unmasked tokens of `batches`, of all data-parallel ranks."""
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for micro_batches in batches:
+        for batch in micro_batches:
+            total[0] += _summed_loss(model, batch, mesh)
+            total[1] += batch.loss_mask.sum()
+    loss, tokens = sum_(total, mesh.dp).tolist()
+    if not tokens:
+        raise ValueError("the validation data has no token to predict; check VALID_DATASET_PATH")
+    return loss / tokens
+
+
+def _token_count(micro_batches: list[Batch], mesh: Mesh) -> Tensor:
+    count = torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum().to(mesh.device)
+    return sum_(count, mesh.dp).clamp(min=1)  # a batch with nothing to learn has loss 0
+
+
+def _summed_loss(model: GPTModel, batch: Batch, mesh: Mesh) -> Tensor:
+    losses = model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device))
+    return (losses * batch.loss_mask.to(mesh.device)).sum()
