@@ -4,6 +4,8 @@ Ranks start from a forkserver that has torch loaded: a plain fork after tokenize
 """
 
 import multiprocessing
+import os
+import sys
 import tempfile
 import time
 import traceback
@@ -13,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
+PRELOADED = ["torch._dynamo", "torch._inductor.config", "layout_step"]  # what a rank would import, once for all
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returned on each rank. Raises with the traceback of the first rank that failed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "megatron_patch.model.build"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # a forkserver before Python 3.12 preloads from nowhere else
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank, args=(function, arguments, rank, world, folder)) for rank in range(world)

@@ -3,83 +3,17 @@
 import pytest
 import torch
 
+from layout_step import MODEL, TIED, global_batch, on_ranks, step
 from megatron_patch.checkpoint.layouts import cut, join
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
-from megatron_patch.data.batches import Batch
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
-from megatron_patch.parallel.grid import Grid
-from megatron_patch.parallel.mesh import build_mesh, single_process
-from megatron_patch.train.optimizer import build_optimizer, clip_gradients, sum_sequence_parallel_gradients
-from megatron_patch.train.save import tensor_parallel_weights
+from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.step import backward
 from megatron_patch.train.weights import RandomWeights, load_weights
 from ranks import run_ranks
-
-# vocab_size is odd: a tensor-parallel rank holds a padding row. Sequences are longer than the window.
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=12,
-    vocab_size=61,
-    max_position_embeddings=64,
-    window_size=7,
-    init_method_std=0.2,
-)
-TIED = ModelConfig(**{**MODEL.__dict__, "share_embeddings_and_output_weights": True})
-SAMPLES, LENGTH, MICRO_BATCH = 8, 16, 2
-
-
-def global_batch() -> Batch:
-    """Samples with different numbers of unmasked tokens, so that averaging per rank or micro-batch would be wrong."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, MODEL.vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
-    mask = torch.rand(SAMPLES, LENGTH, generator=generator) < torch.linspace(0.1, 1.0, SAMPLES)[:, None]
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask.float())
-
-
-def micro_batches(rank: int, size: int) -> list[Batch]:
-    """This data-parallel rank's share of the global batch, in Megatron's order."""
-    whole = global_batch()
-    starts = range(rank * MICRO_BATCH, SAMPLES, MICRO_BATCH * size)
-    return [Batch(*(t[s : s + MICRO_BATCH] for t in (whole.tokens, whole.labels, whole.loss_mask))) for s in starts]
-
-
-def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, steps: int = 0, dtype=torch.float32):
-    """Loss, gradient norm and this rank's gradients of one accumulation; parameters after `steps` optimizer steps."""
-    torch.set_default_dtype(dtype)
-    entries = manifest(ALL["mistral"], config)
-    model = build_model(config, parallel, precision, mesh)
-    load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
-    optimizer = build_optimizer(OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10), model)
-    for number in range(max(steps, 1)):
-        optimizer.zero_grad()
-        loss = backward(model, micro_batches(mesh.dp.rank, mesh.dp.size), mesh)
-        if model.sequence_parallel:
-            sum_sequence_parallel_gradients(model, entries, mesh.tp)
-        gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
-        sharded = parallel.use_distributed_optimizer
-        norm = clip_gradients(model, entries, mesh, limit=0.5, sharded=sharded)
-        if steps > number:
-            optimizer.step()
-    return loss.item(), norm.item(), gradients, tensor_parallel_weights(model, dtype, keep=True)
-
-
-def _whole(gradient: torch.Tensor) -> torch.Tensor:
-    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
-
-
-def on_ranks(config: ModelConfig, parallel: ParallelConfig, world: int, precision: str, steps: int, dtype: torch.dtype):
-    """What `run_ranks` runs."""
-    grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
-    mesh = build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer)
-    return step(config, parallel, precision, mesh, steps, dtype)
 
 
 def layout(tp: int, sp: bool, do: bool) -> ParallelConfig:
