@@ -25,6 +25,7 @@ from megatron_patch.families.manifest import Entry, check_complete
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+_TP = "tensor_model_parallel_size"
 _LOCAL_SPELLINGS = (
     ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -240,10 +241,13 @@ def _check_args(file: Path, args: Any, config: ModelConfig, tp: int) -> None:
     if args is None:
         return  # some converters store none; names and shapes still have to fit
     stored = dict(vars(args))
+    if isinstance(stored.get(_TP), int) and stored[_TP] > tp:
+        missing = file.parent.with_name(_rank_name(tp))
+        raise FileNotFoundError(f"{missing} does not exist, but {file} was written at tp {stored[_TP]}")
     if stored.get("group_query_attention") is False:
         stored["num_query_groups"] = stored.get("num_attention_heads")
     wanted = {
-        "tensor_model_parallel_size": tp,
+        _TP: tp,
         "pipeline_model_parallel_size": 1,
         **{name: getattr(config, name) for name in _COMPARED if name in stored},
     }

@@ -1,0 +1,220 @@
+import functools
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_checkpoint import CONFIG_JSON, hf_tensors, write_directory
+
+from megatron_patch import convert
+from megatron_patch.checkpoint import hf
+
+ASSETS = {
+    "tokenizer.model": b"\x00binary",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "generation_config.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "words.tiktoken": b"IQ== 0",
+    "modeling_remote.py": b"raise SystemExit('run')",
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A Hugging Face directory with tokenizer files, in float32."""
+    directory = write_directory(tmp_path / "hf", hf_tensors())
+    for name, content in ASSETS.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+def tensors_of(directory):
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("impl", ["te", "local"])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_to_mcore_and_back_keeps_every_bit(tmp_path, dtype, tp, impl):
+    source = write_directory(tmp_path / "hf", hf_tensors(dtype), torch_dtype=str(dtype).removeprefix("torch."))
+    assert run(source, tmp_path / "mcore", "--format", "mcore", "--tp", tp, "--transformer-impl", impl) == 0
+    assert run(tmp_path / "mcore", tmp_path / "back", "--format", "hf") == 0
+    assert_equal_tensors(tensors_of(tmp_path / "back"), hf_tensors(dtype))
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_resharding_needs_no_detour(source, tmp_path):
+    assert run(source, tmp_path / "one", "--format", "mcore") == 0
+    assert run(tmp_path / "one", tmp_path / "two", "--format", "mcore", "--tp", 2, "--transformer-impl", "local") == 0
+    assert run(tmp_path / "two", tmp_path / "back", "--format", "hf") == 0
+    assert_equal_tensors(tensors_of(tmp_path / "back"), hf_tensors())
+
+
+def test_several_shards_come_back_too(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "write_hf", functools.partial(hf.write_hf, shard_bytes=2000))
+    assert run(source, tmp_path / "sharded", "--format", "hf") == 0
+    assert (tmp_path / "sharded" / hf.INDEX).is_file()
+    assert_equal_tensors(tensors_of(tmp_path / "sharded"), hf_tensors())
+
+
+def test_tokenizer_and_config_files_travel_and_weights_do_not(source, tmp_path):
+    (source / "notes.bin").write_bytes(b"not an asset")
+    run(source, tmp_path / "mcore", "--format", "mcore")
+    run(tmp_path / "mcore", tmp_path / "back", "--format", "hf")
+    for name, content in ASSETS.items():
+        assert (tmp_path / "back" / name).read_bytes() == content
+    assert {path.name for path in (tmp_path / "mcore").iterdir()} == {
+        *ASSETS,
+        "config.json",
+        "release",
+        "latest_checkpointed_iteration.txt",
+    }
+
+
+def test_transformers_loads_what_comes_back(tmp_path):
+    """transformers wrote the source, so its names, shapes and config spellings are the witness."""
+    config = transformers.MistralConfig(
+        **{key: value for key, value in CONFIG_JSON.items() if key not in ("torch_dtype", "model_type")}
+    )
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "mcore", "--format", "mcore", "--tp", 2)
+    run(tmp_path / "mcore", tmp_path / "back", "--format", "hf")
+    back, info = transformers.MistralForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and back.dtype == torch.bfloat16
+    assert_equal_tensors(back.state_dict(), model.state_dict())
+
+
+def test_dtype_converts_every_tensor_and_config_json_says_so(source, tmp_path):
+    run(source, tmp_path / "mcore", "--format", "mcore", "--dtype", "bf16")
+    run(tmp_path / "mcore", tmp_path / "back", "--format", "hf")
+    assert_equal_tensors(tensors_of(tmp_path / "back"), hf_tensors(torch.bfloat16))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_values_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path, capsys):
+    tensors = hf_tensors()
+    tensors["model.norm.weight"][3] = 1e5
+    write_directory(tmp_path / "hf", tensors)
+    assert run(tmp_path / "hf", tmp_path / "half", "--format", "hf", "--dtype", "fp16") == 1
+    assert "decoder.final_layernorm.weight has values beyond fp16" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_source_is_only_read(source, tmp_path):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2)
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+
+
+def test_one_closing_line_and_no_progress_bar_in_a_log(source, tmp_path, capsys):
+    run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2)
+    output = capsys.readouterr()
+    size = sum(tensor.nbytes for tensor in hf_tensors().values())
+    assert output.err == "" and output.out.count("\n") == 1
+    assert "mcore, 15 tensors" in output.out
+    replicated_norms, padding_rows = 5 * 16 * 4, 2 * 16 * 4
+    assert f"{size + replicated_norms + padding_rows:,} bytes" in output.out
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("new", ["--pp", "2"], "--pp is 2; only 1 is built so far"),
+        ("new", ["--tp", "0"], "--tp is 0; it must be at least 1"),
+        ("hf", [], "lies inside SRC"),
+        ("hf/inner", ["--overwrite"], "lies inside SRC"),
+        (".", ["--overwrite"], "lies inside DST"),
+        ("full", [], "is not empty; choose another directory or pass --overwrite"),
+        ("full", ["--overwrite"], "holds no checkpoint; --overwrite replaces checkpoints only"),
+        ("file", [], "is a file; name a directory"),
+    ],
+)
+def test_a_command_that_cannot_work_exits_2_and_touches_nothing(source, tmp_path, capsys, target, options, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        run(source, tmp_path / target, "--format", "mcore", *options)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_the_whole_checkpoint(source, tmp_path):
+    target = tmp_path / "out"
+    assert run(source, target, "--format", "mcore", "--tp", 2) == 0
+    assert run(source, target, "--format", "hf", "--overwrite") == 0
+    assert not (target / "release").exists() and (target / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("message", ["tp 3", "truncated"])
+def test_a_failed_conversion_keeps_what_stood_in_the_target(source, tmp_path, capsys, message):
+    run(source, tmp_path / "out", "--format", "mcore")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    if message == "truncated":
+        weights = source / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+    tp = 3 if message == "tp 3" else 1
+    assert run(source, tmp_path / "out", "--format", "mcore", "--tp", tp, "--overwrite") == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_assets_serve_a_source_that_has_none(source, tmp_path, capsys):
+    run(source, tmp_path / "mcore", "--format", "mcore")
+    (tmp_path / "mcore" / "config.json").unlink()
+    assert run(tmp_path / "mcore", tmp_path / "back", "--format", "hf") == 1
+    assert "holds no config.json; pass --assets" in capsys.readouterr().err
+    assert run(tmp_path / "mcore", tmp_path / "back", "--format", "hf", "--assets", source) == 0
+    assert_equal_tensors(tensors_of(tmp_path / "back"), hf_tensors())
+
+
+def test_assets_of_another_architecture_are_an_error_with_key_and_values(source, tmp_path, capsys):
+    other = write_directory(tmp_path / "other", hf_tensors(), rope_theta=1e6)
+    assert run(source, tmp_path / "out", "--format", "mcore", "--assets", other) == 1
+    assert "rope_theta is 1000000.0 in" in (error := capsys.readouterr().err) and "5000.0" in error
+
+
+def test_a_model_size_of_another_shape_is_an_error(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--format", "mcore", "--model-size", "7B") == 1
+    assert "num_hidden_layers is 2" in (error := capsys.readouterr().err) and "32 in MODEL_SIZE 7B" in error
+
+
+def test_a_tp_that_an_hf_target_ignores_is_said_once(source, tmp_path, capsys):
+    run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2)
+    capsys.readouterr()
+    run(tmp_path / "mcore", tmp_path / "same", "--format", "hf", "--tp", 2)
+    assert capsys.readouterr().err == ""
+    run(tmp_path / "mcore", tmp_path / "other", "--format", "hf", "--tp", 4)
+    assert capsys.readouterr().err.startswith("warning: --tp 4 has no effect")
+
+
+def test_the_module_is_the_command(source, tmp_path):
+    command = [sys.executable, "-m", "megatron_patch.convert", source, tmp_path / "out", "--format", "mcore"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stderr == "" and (tmp_path / "out" / "release" / "mp_rank_00").is_dir()
