@@ -6,26 +6,43 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPTS = ("def read(self, size=-1):\n", "import os\n", "class Error(Exception):\n")
+from examples.quickstart.instructions import INSTRUCTION
+from megatron_patch.data.prompts import PROMPTS
+
+QUESTIONS = ("def read(self, size=-1):\nRead and return", "def is_valid(name):\nReturn True if")
+SOURCE = "class Error(Exception):\n"
+
+
+def prompts() -> list[str]:
+    """Questions as fine-tuning asked them, and the beginning of a source file as pre-training saw it."""
+    asked = PROMPTS["mistral"]
+    questions = [asked.with_input.format(instruction=INSTRUCTION, input=question) for question in QUESTIONS]
+    return [*questions, SOURCE]
 
 
 @torch.no_grad()
-def complete(directory: Path, prompt: str, new_tokens: int) -> str:
-    """`prompt` and what the model finds most likely after it."""
+def complete(directory: Path, prompts: list[str], new_tokens: int) -> list[str]:
+    """Each prompt and what the model writes after it; the same on every call."""
+    torch.manual_seed(1234)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-    written = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.2)
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    written = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        ids = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50)
+        written.append(tokenizer.decode(ids[0], skip_special_tokens=True).rstrip())
+    return written
 
 
 def main() -> None:
-    """Print one continuation per prompt."""
+    """Print the continuations and write them to a file."""
     reader = argparse.ArgumentParser(prog="python3 -m examples.quickstart.generate", description=__doc__)
     reader.add_argument("checkpoint", type=Path, help="Hugging Face checkpoint directory")
-    checkpoint = reader.parse_args().checkpoint
-    for prompt in PROMPTS:
-        print(complete(checkpoint, prompt, new_tokens=40).rstrip() + "\n")
+    reader.add_argument("file", type=Path, help="receives the text")
+    arguments = reader.parse_args()
+    text = "\n\n".join(complete(arguments.checkpoint, prompts(), new_tokens=40))
+    arguments.file.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

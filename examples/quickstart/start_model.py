@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -1,5 +1,6 @@
 """Running the walk's steps: print the command, run exactly it, show progress, reuse what an earlier walk finished."""
 
+import itertools
 import json
 import os
 import re
@@ -9,15 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from examples.quickstart.memory import tree_memory
 
 SHOWN_ON_FAILURE = 15  # lines
 SECONDS_BETWEEN_MEMORY_SAMPLES = 0.5
+NOTHING = "(?!)"  # a pattern without a match
 ITERATION = re.compile(r"^ iteration +(\d+)/ *(\d+) ")
+WATCHED = ("iteration", "lm loss", "tokens per second")
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,22 @@ class Step:
     title: str
     command: list[str]
     makes: Path
-    variables: Mapping[str, str]  # exported before the command
-    shows: str  # pattern of the output lines that are worth reading
-
-    @property
-    def name(self) -> str:
-        """The title as a file name."""
-        return self.title.replace(" ", "-")
+    shows: str = NOTHING  # pattern of the output lines that are worth reading
+    variables: Mapping[str, str] = field(default_factory=dict)  # set for this command only
 
     def typed(self) -> str:
-        """The command as an operator would type it."""
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        """The command as an operator would type it; a launcher's arguments stand one to a line."""
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         words = [shlex.quote(word) for word in self.command]
-        if len(words) <= 10 or "lm_eval" in words:
-            return "\n".join([*exports, " ".join(words)])
-        return "\n".join([*exports, " ".join(words[:2]) + " \\", *(f"{word} \\" for word in words[2:-1]), words[-1]])
+        if words[0] != "sh":
+            return " ".join([*assignments, *words])
+        lines = [" ".join([*assignments, *words[:2]])]
+        for before, word in itertools.pairwise(words[1:]):
+            if before.startswith("--"):
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+        return " \\\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,18 @@ class Outcome:
     peak_bytes: int
 
 
-class StepFailed(Exception):
+class StepError(Exception):
     """A step's command ended with an error."""
 
 
-def run_all(steps: list[Step], logs: Path) -> list[Outcome]:
-    """Run or reuse `steps` in order. Once one has run, every later one does. Raises StepFailed at the first failure."""
+def run_all(steps: Iterable[Step], logs: Path) -> list[Outcome]:
+    """Run or reuse `steps` in order. Once one has run, every later one does. Raises StepError at the first failure."""
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes, can_reuse = [], True
+    outcomes: list[Outcome] = []
+    can_reuse = True
     for number, step in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] {step.title}\n{_indented(step.typed())}", flush=True)
-        log = logs / f"{number:02d}-{step.name}.log"
+        print(f"\nStep {number}: {step.title}\n{_indented(step.typed())}", flush=True)
+        log = logs / f"{number:02d}-{step.title.replace(' ', '-')}.log"
         finished = _finished(step, log) if can_reuse else None
         if finished:
             print(f"  reused: {step.makes}", flush=True)
@@ -91,7 +97,7 @@ def _run(step: Step, log: Path) -> Outcome:
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             step.command,
-            env=os.environ | step.variables,
+            env={**os.environ, **step.variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -101,7 +107,7 @@ def _run(step: Step, log: Path) -> Outcome:
             last = _follow(process, file, re.compile(step.shows))
             code = process.wait()
     if code:
-        raise StepFailed(
+        raise StepError(
             f"step {step.title!r} ended with exit code {code}; its command stands above, its output is in {log} "
             f"and ends with:\n{_indented(_tail(log))}"
         )
@@ -111,20 +117,29 @@ def _run(step: Step, log: Path) -> Outcome:
     return outcome
 
 
-def _follow(process: subprocess.Popen, file, shows: re.Pattern) -> str:
-    """Copy output to `file` and its readable part to the console; returns the last line that was not shown."""
-    last = ""
+def _follow(process: subprocess.Popen, file: TextIO, shows: re.Pattern) -> str:
+    """Copy output to `file` and its readable part to the console; returns the last line if none was for reading."""
+    last, was_shown = "", False
     for line in process.stdout:
-        line = line.rstrip()
-        print(line, file=file, flush=True)
+        print(line.rstrip(), file=file, flush=True)
+        last = _readable(line) or last
+        if shows.search(line):
+            was_shown = True
         if shows.search(line) and not _is_one_of_many(line):
             _clear_status()
-            print(f"  {line.strip()}", flush=True)
-        elif line:
-            last = line.strip() if not shows.search(line) else last
-            _status(line.strip())
+            print(f"  {_readable(line)}", flush=True)
+        else:
+            _status(_readable(line))
     _clear_status()
-    return last
+    return "" if was_shown else last
+
+
+def _readable(line: str) -> str:
+    """`line` without its surroundings; of an iteration's fields, those that matter while one watches."""
+    if not ITERATION.match(line):
+        return line.strip()
+    fields = [field.strip() for field in line.strip(" |\n").split("|")]
+    return " | ".join(field for field in fields if field.startswith(WATCHED))
 
 
 def _is_one_of_many(line: str) -> bool:
@@ -138,7 +153,7 @@ def _is_one_of_many(line: str) -> bool:
 
 def _status(text: str) -> None:
     """On a terminal, the newest line of output, in place."""
-    if sys.stdout.isatty():
+    if text and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 4
         print(f"\r\x1b[K  {text[:width]}", end="", flush=True)
 
