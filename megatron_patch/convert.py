@@ -158,14 +158,16 @@ def _write_mcore(
 ) -> tuple[int, int]:
     args = mcore.megatron_args(config, job.tp, job.dtype or source.dtype, job.transformer_impl)
     name_of = mcore.local_name if job.transformer_impl == "local" else str
-    size = 0
-    for rank in range(job.tp):
+
+    def write_rank(rank: int) -> int:  # returns before the next rank's shards are made
         shards = {
             name_of(entry.mcore): _cast(entry, cut(entry, source.read(entry), rank, job.tp), job.dtype)
             for entry in _progress(entries, f"rank {rank}")
         }
         mcore.write_rank(directory, None, rank, shards, args)
-        size += sum(shard.nbytes for shard in shards.values())
+        return sum(shard.nbytes for shard in shards.values())
+
+    size = sum(write_rank(rank) for rank in range(job.tp))
     mcore.publish(directory, None, job.tp)
     return len(entries), size
 
