@@ -1,0 +1,36 @@
+"""Rank arithmetic, exhaustively and without a process group."""
+
+import itertools
+
+import pytest
+
+from megatron_patch.parallel.grid import Grid, smallest_world
+
+SHAPES = [
+    (tp, cp, pp, dp)
+    for tp, cp, pp, dp in itertools.product((1, 2, 3), (1, 2), (1, 2), (1, 2, 4))
+    if tp * cp * pp * dp < 17
+]
+
+
+@pytest.mark.parametrize(("tp", "cp", "pp", "dp"), SHAPES)
+def test_every_rank_has_its_own_place_and_tp_runs_fastest(tp, cp, pp, dp):
+    grid = Grid(tp=tp, cp=cp, ep=1, pp=pp, world=tp * cp * pp * dp)
+    places = [grid.coordinates(rank) for rank in range(grid.world)]
+    order = itertools.product(range(pp), range(dp), range(cp), range(tp))
+    assert places == [{"pp": p, "dp": d, "cp": c, "tp": t} for p, d, c, t in order]
+    for axis, size in (("tp", tp), ("cp", cp), ("dp", dp), ("pp", pp)):
+        groups = {tuple(grid.peers(axis, rank)) for rank in range(grid.world)}
+        assert all(len(group) == size for group in groups)
+        assert sorted(itertools.chain.from_iterable(groups)) == list(range(grid.world))
+
+
+def test_a_world_that_the_axes_do_not_divide_is_refused_with_every_factor():
+    with pytest.raises(ValueError, match=r"tp 2 × pp 2 × cp 1 = 4 does not divide 6 ranks"):
+        Grid(tp=2, cp=1, ep=1, pp=2, world=6)
+
+
+def test_the_smallest_world_fills_dense_and_expert_axes():
+    assert smallest_world(tp=2, cp=1, ep=1, pp=1) == 2
+    assert smallest_world(tp=2, cp=1, ep=4, pp=1) == 8  # the documented TP2 EP4: dp 4
+    assert Grid(tp=2, cp=1, ep=4, pp=1, world=8).dp == 4
