@@ -10,6 +10,7 @@ from pathlib import Path
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """An empty directory to fill, renamed to `target` when the block ends well and removed when it does not."""
+    target = target.resolve()  # a link keeps pointing, and "." has a name
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:

@@ -29,6 +29,8 @@ def test_shards_stay_below_the_limit_and_hold_every_tensor_once(tmp_path):
     index = json.loads((tmp_path / "hf" / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    headers = [int.from_bytes((tmp_path / "hf" / file).read_bytes()[:8], "little") for file in files]
+    assert all(length % 8 == 0 for length in headers), "tensors start on 8 bytes, as safetensors itself writes them"
     read = {file: load_file(tmp_path / "hf" / file) for file in files}
     assert {name: file for file in files for name in read[file]} == index["weight_map"]
     assert all(torch.equal(read[index["weight_map"][name]][name], tensor) for name, tensor in tensors.items())

@@ -77,6 +77,7 @@ def test_nothing_is_visible_before_publishing(tmp_path):
 def test_publishing_again_replaces_and_leaves_no_rank_of_another_layout(tmp_path):
     mcore.write_rank(tmp_path, 10, 1, {}, argparse.Namespace())  # an interrupted save at tp 2
     save(tmp_path, whole_tensors(), iteration=10)
+    assert [path.name for path in (tmp_path / "iter_0000010").iterdir()] == ["mp_rank_00"]
     newer = {name: tensor + 1 for name, tensor in whole_tensors().items()}
     save(tmp_path, newer, iteration=10)
     source = open_it(tmp_path)

@@ -166,6 +166,13 @@ def test_overwrite_replaces_the_whole_checkpoint(source, tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~_umask()
 
 
+def test_a_linked_target_stays_a_link(source, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert run(source, tmp_path / "link", "--format", "hf") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model.safetensors").is_file()
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
