@@ -93,6 +93,7 @@ def _run(step: Step, log: Path) -> Outcome:
     log.with_suffix(".json").unlink(missing_ok=True)
     if step.makes.is_dir():
         shutil.rmtree(step.makes)
+    step.makes.unlink(missing_ok=True)
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from transformers import LlamaTokenizerFast
+from tokenizers import normalizers
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from examples.quickstart.corpus import read_jsonl
 
@@ -39,6 +40,16 @@ def train(lines: Iterable[str], model: Path, vocabulary: int = VOCABULARY) -> No
         )
 
 
+def fast_tokenizer(model: Path) -> PreTrainedTokenizerFast:
+    """The same pieces and merges behind the `tokenizers` library."""
+    pieces = LlamaTokenizerFast.from_pretrained(model.parent).backend_tokenizer
+    # sentencepiece puts its space before every text. The converted tokenizer leaves it out where one stands already,
+    # and then "  a" encodes differently.
+    pieces.pre_tokenizer = None
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
 def save(lines: Iterable[str], directory: Path, vocabulary: int = VOCABULARY) -> None:
     """Train, and let `directory` appear whole: tokenizer.model, tokenizer.json, tokenizer_config.json."""
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +57,7 @@ def save(lines: Iterable[str], directory: Path, vocabulary: int = VOCABULARY) ->
         model = Path(unfinished) / "tokenizer.model"
         train(lines, model, vocabulary)
         saved = Path(unfinished) / "saved"
-        LlamaTokenizerFast.from_pretrained(unfinished).save_pretrained(saved)
+        fast_tokenizer(model).save_pretrained(saved)
         shutil.copy(model, saved)  # save_pretrained leaves the sentencepiece model behind
         saved.replace(directory)
 

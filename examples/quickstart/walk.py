@@ -111,7 +111,7 @@ def main() -> int:
     chosen = (reader.parse_args().output or root / "quickstart_output").resolve()
     os.chdir(root)
     out = chosen.relative_to(root) if chosen.is_relative_to(root) else chosen
-    environment = ENVIRONMENT | {"HF_HOME": str(out / "cache")}
+    environment = ENVIRONMENT | {"HF_HOME": str(chosen / "cache")}
     os.environ.update(environment)
     print(f"cd {shlex.quote(str(root))}")
     print("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
