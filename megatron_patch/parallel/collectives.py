@@ -9,6 +9,10 @@ from torch import Tensor
 
 from megatron_patch.parallel.mesh import Axis
 
+# torch 2.13 warns about the names that are the only ones 2.11 knows.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Identity; the gradient is summed over `axis` (entry of a tensor-parallel region)."""
@@ -46,7 +50,7 @@ def max_(x: Tensor, axis: Axis) -> Tensor:
 
 def _gather(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    _ALL_GATHER(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -54,7 +58,7 @@ def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"a sequence of {x.shape[0]} tokens cannot be cut into {axis.size} equal slices")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    _REDUCE_SCATTER(out, x.contiguous(), group=axis.group)
     return out
 
 
