@@ -114,6 +114,8 @@ def main() -> int:
     environment = ENVIRONMENT | {"HF_HOME": str(chosen / "cache")}
     os.environ.update(environment)
     print(f"cd {shlex.quote(str(root))}")
+    if "VIRTUAL_ENV" in os.environ:
+        print(f". {shlex.quote(os.environ['VIRTUAL_ENV'])}/bin/activate")
     print("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
     try:
         outcomes = run_all(steps(out), out / "log")
