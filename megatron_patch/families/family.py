@@ -5,10 +5,13 @@ neither adds a per-family branch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_patch.config.model import ModelConfig
+
+# Settings whose absence is a meaning: a null in config.json switches them off.
+OPTIONAL = frozenset(item.name for item in fields(ModelConfig) if item.default is None)
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,21 @@ class Key:
     of_config: Callable[[Mapping[str, Any]], Any] | None = None
     is_shape: bool = False  # a preset that disagrees cannot describe these weights
 
+    @property
+    def is_required(self) -> bool:
+        """Whether `config.json` must name it."""
+        return self.default is None and self.of_config is None
+
+    def found(self, hf: Mapping[str, Any]) -> Any:
+        """The value that `hf` holds; None where it holds none."""
+        values = [value for name in self.hf if (value := _descend(hf, name)) is not None]
+        return values[-1] if values else None
+
     def read(self, hf: Mapping[str, Any]) -> Any:
         """The value in `hf`, or the default."""
-        found = [value for name in self.hf if (value := _descend(hf, name)) is not None]
-        if found:
-            return found[-1]
+        found = self.found(hf)
+        if found is not None:
+            return found
         if any(name in hf for name in self.hf):  # an explicit null switches the feature off
             return self.of_config(hf) if self.of_config else None
         return self.of_config(hf) if self.of_config else self.default
@@ -71,10 +84,17 @@ class Family:
             value = _descend(hf, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"config.json: {name} is {value!r}; {self.name} supports {_listed(allowed)}")
-        values = {field: key.read(hf) for field, key in self.keys.items()}
-        missing = [key.hf[0] for field, key in self.keys.items() if values[field] is None and key.is_shape]
+        missing = [key.hf[0] for key in self.keys.values() if key.is_required and key.read(hf) is None]
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing; {self.name} cannot be sized without")
+        for key in self.keys.values():
+            value = key.found(hf)
+            if value is not None and not isinstance(value, int | float):
+                raise ValueError(f"config.json: {key.hf[0]} is {value!r}; a number is needed")
+        values = {field: key.read(hf) for field, key in self.keys.items()}
+        null = [key.hf[0] for field, key in self.keys.items() if values[field] is None and field not in OPTIONAL]
+        if null:
+            raise ValueError(f"config.json: {', '.join(null)} is null; {self.name} needs a value")
         return ModelConfig(**values)
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.tables import PREFIXES
 from megatron_patch.plan.disk import check_writable, present_obstacles
 
-OPTIONS = ("--overwrite", "--workers")
+OPTIONS = ("--trust-remote-code", "--workers")
 MOST_WORKERS = 16
 
 
@@ -20,8 +20,8 @@ def plan(request: Request) -> dict[str, Any]:
     v = request.values
     prefix = str(Path(v["OUTPUT_DATA_DIR"]) / _prefix(request))
     obstacles = present_obstacles(
-        lambda: _check_exists("input", v["INPUT_DATA_PATH"]),
-        lambda: _check_exists("tokenizer directory", v["LOAD_DIR"]),
+        lambda: _check_input(v["INPUT_DATA_PATH"]),
+        lambda: _check_tokenizer(v["LOAD_DIR"]),
         lambda: check_writable(prefix),
     )
     if obstacles and not request.is_dry:
@@ -54,9 +54,16 @@ def _prefix(request: Request) -> str:
     return pattern.format(dataset=dataset)
 
 
-def _check_exists(what: str, path: str) -> None:
+def _check_input(path: str) -> None:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"input {path!r} is a directory; name one JSON-lines file")
     if not Path(path).exists():
-        raise FileNotFoundError(f"{what} {path!r} does not exist")
+        raise FileNotFoundError(f"input {path!r} does not exist")
+
+
+def _check_tokenizer(directory: str) -> None:
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"tokenizer directory {directory!r} does not exist")
 
 
 def _without_effect(request: Request) -> list[str]:

@@ -66,7 +66,7 @@ PREFIXES = {
 }
 
 PREPROCESSING: Table = (
-    Arg("INPUT_DATA_PATH", words, "a JSON-lines file, or a directory of them"),
+    Arg("INPUT_DATA_PATH", words, "a JSON-lines file"),
     Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
     Arg("JSON_KEYS", keys, "the keys to tokenize, separated by spaces or commas"),
     Arg("OUTPUT_DATA_DIR", words, "the directory to write"),

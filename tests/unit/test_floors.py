@@ -146,7 +146,9 @@ def test_every_setting_changes_a_run():
 
 
 def test_planning_a_run_never_imports_torch(tmp_path):
-    command = shlex.split("dsw 7B 1 8 1e-5 1e-6 128 128 bf16 4 1 1 1 true true true false false false 1 d d c 10000 100")
+    command = shlex.split(
+        "dsw 7B 1 8 1e-5 1e-6 128 128 bf16 4 1 1 1 true true true false false false 1 d d c 10000 100"
+    )
     program = (
         "import sys\nfrom megatron_patch.launch.__main__ import main\n"
         f"status = main({['mistral', *command, str(tmp_path)]!r})\n"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Turn JSON lines into a .bin/.idx dataset for pre-training. 5 positionals.
 #
-#   1 INPUT_DATA_PATH   a JSON-lines file, or a directory of them
+#   1 INPUT_DATA_PATH   a JSON-lines file
 #   2 TOKENIZER         MistralTokenizer | MixtralTokenizer | auto | … (names the output; the tokenizer is that of 5)
 #   3 JSON_KEYS         keys to tokenize, separated by spaces or commas
 #   4 OUTPUT_DATA_DIR   directory to write: mmap_mistral_datasets_<key>_document.bin and .idx
