@@ -29,7 +29,14 @@ def complete(directory: Path, prompts: list[str], new_tokens: int) -> list[str]:
     written = []
     for prompt in prompts:
         tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        ids = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=50)
+        ids = model.generate(
+            **tokens,
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            pad_token_id=tokenizer.eos_token_id,
+        )
         written.append(tokenizer.decode(ids[0], skip_special_tokens=True).rstrip())
     return written
 

@@ -95,18 +95,9 @@ def _run(step: Step, log: Path) -> Outcome:
         shutil.rmtree(step.makes)
     step.makes.unlink(missing_ok=True)
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            step.command,
-            env={**os.environ, **step.variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        with _Peak(process.pid) as peak:
-            last = _follow(process, file, re.compile(step.shows))
-            code = process.wait()
+    with log.open("w", encoding="utf-8") as file, _started(step) as process, _Peak(process.pid) as peak:
+        last = _follow(process, file, re.compile(step.shows))
+        code = process.wait()
     if code:
         raise StepError(
             f"step {step.title!r} ended with exit code {code}; its command stands above, its output is in {log} "
@@ -116,6 +107,17 @@ def _run(step: Step, log: Path) -> Outcome:
     log.with_suffix(".json").write_text(json.dumps(vars(outcome)), encoding="utf-8")
     print(f"  done in {outcome.seconds:.1f} s{': ' + last if last else ''}", flush=True)
     return outcome
+
+
+def _started(step: Step) -> subprocess.Popen:
+    return subprocess.Popen(
+        step.command,
+        env={**os.environ, **step.variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
 
 
 def _follow(process: subprocess.Popen, file: TextIO, shows: re.Pattern) -> str:
@@ -136,9 +138,9 @@ def _follow(process: subprocess.Popen, file: TextIO, shows: re.Pattern) -> str:
 
 
 def _readable(line: str) -> str:
-    """`line` without its surroundings; of an iteration's fields, those that matter while one watches."""
+    """`line`, but of an iteration's fields only those that matter while one watches."""
     if not ITERATION.match(line):
-        return line.strip()
+        return line.rstrip()
     fields = [field.strip() for field in line.strip(" |\n").split("|")]
     return " | ".join(field for field in fields if field.startswith(WATCHED))
 

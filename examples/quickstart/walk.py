@@ -99,8 +99,8 @@ def _training(
 
 def _scoring(checkpoint: Path, task: Path, scores: Path) -> list[str]:
     launch = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m lm_eval"
-    options = f"--model hf --model_args pretrained={checkpoint},dtype=float32 --tasks {TASK} --batch_size 16"
-    return [*launch.split(), *options.split(), "--include_path", str(task), "--output_path", str(scores)]
+    model = ["--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32", "--batch_size", "16"]
+    return [*launch.split(), *model, "--tasks", TASK, "--include_path", str(task), "--output_path", str(scores)]
 
 
 def main() -> int:
