@@ -1,0 +1,96 @@
+"""Cross-field rules: each one broken alone, and all of them told together."""
+
+import dataclasses
+import shlex
+
+import pytest
+
+from megatron_patch.config.checks import check, problems, sample_length
+from megatron_patch.config.flags import from_flags, known_flags, to_flags, unknown_flag
+from megatron_patch.config.run import RunConfig
+
+BASE = shlex.split(
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 "
+    "--kv-channels 16 --vocab-size 100 --max-position-embeddings 64 --train-data-path d --valid-data-path d --seq-length 32 "
+    "--max-padding-length 48 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 --save s --save-interval 5 --load c "
+    "--family mistral --train-iters 9 --micro-batch-size 2 --global-batch-size 8"
+)
+
+
+def run(*flags: str) -> RunConfig:
+    return from_flags([*BASE, *flags])
+
+
+def test_a_run_that_fits_has_no_problem():
+    assert problems(run("--tensor-model-parallel-size", "2", "--sequence-parallel"), world=4) == []
+    check(run(), world=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "told"),
+    [
+        ("--num-query-groups 3", 1, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
+        ("--tensor-model-parallel-size 4", 4, "num_query_groups 2 is not a multiple of tensor_model_parallel_size 4"),
+        ("--tensor-model-parallel-size 2 --ffn-hidden-size 97", 2, "ffn_hidden_size 97 is not a multiple of"),
+        ("--kv-channels 15", 1, "kv_channels 15 must be even"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2, "33 tokens of a sample"),
+        ("--seq-length 65", 1, "65 tokens per sample are more than max_position_embeddings 64"),
+        ("--dataset JSON-SFT --max-padding-length 65", 1, "65 tokens per sample are more than"),
+        ("--tensor-model-parallel-size 2", 3, "= 2 does not divide 3 ranks"),
+        ("--global-batch-size 6", 4, "global_batch_size 6 is not a multiple of micro_batch_size 2 × 4 data-parallel"),
+        ("--train-iters 0", 1, "train_iters 0 must be at least 1; one iteration takes global_batch_size 8 × 32 = 256"),
+        ("--lr-warmup-iters 9", 1, "lr_warmup_iters 9 must be less than lr_decay_iters 9"),
+        ("--lr 1e-5", 1, "lr 1e-05 must be at least min_lr 0.0001"),
+        ("--dataset JSON-SFT --train-data-path a b", 1, "one JSON file each"),
+        ("--lr nan", 1, "lr nan must be 0 or more"),
+        ("--micro-batch-size 0", 1, "micro_batch_size 0 must be at least 1"),
+        ("--window-size 0", 1, "window_size 0 must be at least 1"),
+        ("--adam-beta2 1", 1, "adam_beta2 1.0 must be 0 or more and less than 1"),
+        ("--adam-eps 0", 1, "adam_eps 0.0 must be more than 0"),
+    ],
+)
+def test_a_broken_rule_is_told_with_both_values(flags, world, told):
+    found = problems(run(*flags.split()), world)
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_no_checkpoint_needs_a_tokenizer():
+    assert "--tokenizer-model" in problems(dataclasses.replace(run(), checkpoint=no_start(run())), 1)[0]
+    told = problems(dataclasses.replace(run("--tokenizer-model", "t"), checkpoint=no_start(run())), 1)
+    assert told == []
+
+
+def no_start(whole: RunConfig):
+    return dataclasses.replace(whole.checkpoint, load=None)
+
+
+def test_all_broken_rules_are_told_together():
+    broken = run("--tensor-model-parallel-size", "4", "--train-iters", "0", "--lr", "1e-5")
+    with pytest.raises(ValueError, match="num_query_groups") as error:
+        check(broken, world=6)
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_a_raw_sample_is_as_long_as_its_padding():
+    assert sample_length(run()) == 32
+    assert sample_length(run("--dataset", "JSON-SFT")) == 48
+
+
+def test_flags_and_run_are_each_others_inverse():
+    whole = run(
+        "--no-use-flash-attn", "--train-data-path", "0.3", "a b", "0.7", "c", "--lr", "0.1", "--adam-eps", "3e-9"
+    )
+    assert from_flags(to_flags(whole)) == whole
+    assert whole.data.train_data_path == ("0.3", "a b", "0.7", "c")
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest(capsys):
+    assert (
+        unknown_flag("--global-batchsize") == "unknown option '--global-batchsize'; did you mean --global-batch-size?"
+    )
+    with pytest.raises(SystemExit) as exit_status:
+        run("--seq-len", "3")
+    assert exit_status.value.code == 2
+    assert "did you mean --seq-length?" in capsys.readouterr().err
+    assert len(known_flags()) == len(set(known_flags()))
