@@ -19,9 +19,10 @@ def plan(request: Request) -> dict[str, Any]:
     v = request.values
     source, target, assets = v["SOURCE_CKPT_PATH"], v["TARGET_CKPT_PATH"], v["HG_CKPT_PATH"]
     has_assets = v["mg2hf"] or Path(assets).absolute() != Path(source).absolute()
-    resolved, warnings = resolve_size(request, assets if has_assets else source)
-    obstacles = present_obstacles(
-        lambda: _check_source(source), lambda: _check_target(target, is_replaced="--overwrite" in request.options)
+    resolved, absent = resolve_size(request, assets if has_assets else source)
+    is_replaced = "--overwrite" in request.options
+    obstacles = absent + present_obstacles(
+        lambda: _check_source(source), lambda: _check_target(target, is_replaced=is_replaced)
     )
     if obstacles and not request.is_dry:
         raise UsageError("\n".join(obstacles))
@@ -36,7 +37,7 @@ def plan(request: Request) -> dict[str, Any]:
             *(["--assets", assets] if has_assets else []),
             *("--model-size", v["MODEL_SIZE"], *request.options),
         ],
-        "warnings": [*warnings, *obstacles, *_without_effect(request)],
+        "warnings": [*resolved.warnings, *obstacles, *_without_effect(request)],
     }
 
 

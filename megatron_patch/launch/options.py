@@ -17,10 +17,14 @@ def check_options(options: Iterable[str], known: Iterable[str]) -> None:
             raise UsageError(f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str]) -> RunConfig:
-    """`run` with `options` applied. `elsewhere` maps flags that a positional decides alone to that positional."""
+def settings() -> list[str]:
+    """Every flag of a training run, switches in both directions."""
     flags = known_flags()
-    check_options(options, [*flags, *("--no-" + flag.removeprefix("--") for flag in flags)])
+    return [*flags, *("--no-" + flag.removeprefix("--") for flag in flags)]
+
+
+def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str]) -> RunConfig:
+    """`run` with known `options` applied; `elsewhere` maps flags that a positional decides to that positional."""
     for name in _names(options):
         if name in elsewhere:
             raise UsageError(f"{name} follows from {elsewhere[name]}; set that instead")

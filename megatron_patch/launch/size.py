@@ -5,10 +5,10 @@ from megatron_patch.launch.positional import Request, UsageError, place
 
 
 def resolve_size(request: Request, directory: str | None) -> tuple[Resolved, list[str]]:
-    """The architecture, and warnings about how it was chosen. `directory` is None where nothing is loaded.
+    """The architecture, and what is not there yet. `directory` is None where nothing is loaded.
 
-    Raises UsageError for a size that is not offered and for `auto` without a checkpoint, ValueError for a checkpoint
-    that contradicts the size. A dry run takes the size's own architecture where the checkpoint is not there yet.
+    A size has an architecture of its own where the checkpoint is missing. Raises UsageError for a size that is not
+    offered and for `auto` without a checkpoint, ValueError for a checkpoint that contradicts the size.
     """
     size, where = request.texts["MODEL_SIZE"], place(request.table, "MODEL_SIZE")
     offered = size_names(request.families)
@@ -19,9 +19,8 @@ def resolve_size(request: Request, directory: str | None) -> tuple[Resolved, lis
             raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
         return preset(request.families, size), []
     try:
-        resolved = from_checkpoint(request.families, size, directory)
+        return from_checkpoint(request.families, size, directory), []
     except FileNotFoundError as error:
-        if size == "auto" or not request.is_dry:
+        if size == "auto":
             raise
-        return preset(request.families, size), [f"{error}; planned with the architecture of MODEL_SIZE {size}"]
-    return resolved, list(resolved.warnings)
+        return preset(request.families, size), [str(error)]

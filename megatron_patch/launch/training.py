@@ -17,7 +17,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.data.paths import split_words
 from megatron_patch.families.resolve import Resolved
 from megatron_patch.launch import cluster, unbuilt
-from megatron_patch.launch.options import overridden
+from megatron_patch.launch.options import check_options, overridden, settings
 from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.size import resolve_size
 from megatron_patch.parallel.grid import Grid, smallest_world
@@ -44,7 +44,9 @@ CAPITALS = {
 
 def plan(request: Request) -> dict[str, Any]:
     """The plan of one run. Raises UsageError (or ValueError, OSError) for everything that stands in its way at once."""
-    resolved, warnings = resolve_size(request, start_weights(request))
+    _check_data_kind(request)
+    check_options(request.options, settings())
+    resolved, absent = resolve_size(request, start_weights(request))
     elsewhere = {
         "--load": place(request.table, "PRETRAIN_CHECKPOINT_PATH"),
         "--family": place(request.table, "MODEL_SIZE"),
@@ -52,7 +54,7 @@ def plan(request: Request) -> dict[str, Any]:
     run = overridden(run_config(request, resolved), request.options, elsewhere)
     _check_built(run)
     ranks = _ranks(request, run)
-    warnings += _check(request, run, ranks.world)
+    warnings = [*resolved.warnings, *_check(request, run, ranks.world, absent)]
     grid = _grid(run, ranks.world)
     sections = describe(run, resolved.family, grid)
     sections["parallel"]["counted"] = ranks.counted
@@ -158,13 +160,20 @@ def _axes(run: RunConfig) -> tuple[int, int, int, int]:
     )
 
 
-def _check(request: Request, run: RunConfig, world: int) -> list[str]:
+def _check_data_kind(request: Request) -> None:
+    if request.values["MP_DATASET_TYPE"] == "raw" and not request.values["SFT"]:
+        where = place(request.table, "SFT")
+        raise UsageError(f"{where} is false: MP_DATASET_TYPE=raw is for fine-tuning; use SFT true, or unset it")
+
+
+def _check(request: Request, run: RunConfig, world: int, absent: list[str]) -> list[str]:
     """Raise UsageError with all that is broken. A dry run only warns of paths that are missing or occupied now."""
     now, wrong = look(run)
-    broken = [*problems(run, world), *wrong, *([] if request.is_dry else now)]
+    obstacles = [*absent, *now]
+    broken = [*problems(run, world), *wrong, *([] if request.is_dry else obstacles)]
     if broken:
         raise UsageError("\n".join(in_capitals(sentence, request) for sentence in broken))
-    return now
+    return obstacles
 
 
 def in_capitals(sentence: str, request: Request) -> str:

@@ -11,9 +11,9 @@ from megatron_patch.config.run import RunConfig
 
 BASE = shlex.split(
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 "
-    "--kv-channels 16 --vocab-size 100 --max-position-embeddings 64 --train-data-path d --valid-data-path d --seq-length 32 "
-    "--max-padding-length 48 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 --save s --save-interval 5 --load c "
-    "--family mistral --train-iters 9 --micro-batch-size 2 --global-batch-size 8"
+    "--kv-channels 16 --vocab-size 100 --max-position-embeddings 64 --train-data-path d --valid-data-path d "
+    "--seq-length 32 --max-padding-length 48 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 "
+    "--save s --save-interval 5 --load c --family mistral --train-iters 9 --micro-batch-size 2 --global-batch-size 8"
 )
 
 

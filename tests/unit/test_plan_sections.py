@@ -27,8 +27,8 @@ def run(tmp_path, *flags: str) -> RunConfig:
     base = shlex.split(
         "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 "
         "--kv-channels 16 --vocab-size 101 --max-position-embeddings 64 --seq-length 32 --max-padding-length 48 "
-        "--lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 --save-interval 5 --family mistral --train-iters 9 --micro-batch-size 2 "
-        "--global-batch-size 8 --precision fp32"
+        "--lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 --save-interval 5 --family mistral "
+        "--train-iters 9 --micro-batch-size 2 --global-batch-size 8 --precision fp32"
     )
     paths = [
         "--train-data-path",

@@ -1,0 +1,244 @@
+"""Every class of bad command, in process: what is said, exit status 2, and nothing started."""
+
+import json
+
+import pytest
+from commands import (
+    CONVERSION,
+    DATASET,
+    NAMES,
+    PREPROCESSING,
+    PRETRAINING,
+    ROOT,
+    StartedError,
+    changed,
+)
+
+from megatron_patch.launch.__main__ import main
+from megatron_patch.launch.tables import CONVERSION as CONVERSION_TABLE
+from megatron_patch.launch.tables import TRAINING
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def test_the_tables_are_the_documents():
+    assert [arg.name for arg in TRAINING] == NAMES
+    assert " ".join(arg.name for arg in CONVERSION_TABLE) == (
+        "MODEL_SIZE HG_CKPT_PATH MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP EXTRA_VOCAB_SIZE NUM_EXPERTS "
+        "EXPERTS_TOPK EP mg2hf WS"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("ENV", "local"), ("BATCH_SIZE", "0"), ("BATCH_SIZE", "1.5"), ("BATCH_SIZE", "two"), ("BATCH_SIZE", "-1")),
+        *(("GLOBAL_BATCH_SIZE", "inf"), ("LR", "fast"), ("LR", "nan"), ("LR", "-1e-5"), ("MIN_LR", "inf")),
+        *(("SEQ_LEN", "1e400"), ("PAD_LEN", ""), ("PR", "int8"), ("TP", "1e99"), ("PP", "0"), ("CP", "x"), ("EP", "")),
+        *(("SP", "yes"), ("DO", "1"), ("FL", ""), ("SFT", "none"), ("AC", "true"), ("OPTIMIZER_OFFLOAD", "0.5")),
+        *(("SAVE_INTERVAL", "0"), ("DATASET_PATH", " "), ("VALID_DATASET_PATH", "")),
+        *(("PRETRAIN_CHECKPOINT_PATH", ""), ("TRAIN_TOKENS_OR_ITERS", "0"), ("WARMUP_TOKENS_OR_ITERS", "-1")),
+        *(("OUTPUT_BASEPATH", ""), ("MODEL_SIZE", "9B"), ("MODEL_SIZE", "")),
+    ],
+)
+def test_a_bad_value_is_named_with_number_name_value_and_what_is_allowed(refused, name, text):
+    message = refused("mistral", changed(PRETRAINING, **{name: text}))
+    assert message.startswith(f"mistral: argument {NAMES.index(name) + 1} ({name}) is {text!r}; allowed: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_all_bad_values_are_told_together(refused):
+    message = refused("mistral", changed(PRETRAINING, TP="four", SP="maybe"))
+    assert [line.split(";")[0] for line in message.splitlines()] == [
+        "mistral: argument 10 (TP) is 'four'",
+        "argument 14 (SP) is 'maybe'",
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 25, 27])
+def test_a_wrong_count_shows_what_was_received(refused, count):
+    message = refused("mistral", [*PRETRAINING, "one more"][:count])
+    assert f"26 arguments are needed, {count} were given" in message
+    assert message.count("(missing)") == max(26 - count, 0)
+    assert ("(extra)" in message and "'one more'" in message) == (count > 26)
+
+
+def test_numbers_are_read_as_people_write_them(planned):
+    plan = planned("mistral", changed(PRETRAINING, TRAIN_TOKENS_OR_ITERS="1e9", WARMUP_TOKENS_OR_ITERS="10_000"))
+    assert plan["arguments"]["TRAIN_TOKENS_OR_ITERS"] == 10**9
+    assert (plan["schedule"]["train_iters"], plan["schedule"]["lr_warmup_iters"]) == (976562, 9)
+
+
+def test_switches_are_read_in_any_case(planned):
+    plan = planned("mistral", changed(PRETRAINING, SP="True", DO="FALSE", AC="None", OPTIMIZER_OFFLOAD="False"))
+    assert plan["parallel"]["sequence_parallel"] is True
+    assert plan["parallel"]["use_distributed_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"MODEL_SIZE": "8x7B"}, "the Mixtral family"),
+        *[({"PR": precision}, "float16 and float8") for precision in ("fp16", "fp8")],
+        *[({axis: "2"}, "parallelism") for axis in ("PP", "CP", "EP")],
+        *[({"AC": mode}, "recomputation") for mode in ("sel", "full", "offload")],
+        *[({"OPTIMIZER_OFFLOAD": policy}, "optimizer offloading") for policy in ("static", "auto")],
+        ({"SFT": "true"}, "fine-tuning on .bin/.idx"),
+    ],
+    ids=str,
+)
+def test_what_is_not_built_says_so(refused, change, what):
+    ((name, value),) = change.items()
+    message = refused("mistral", changed(PRETRAINING, **change))
+    assert message.startswith(f"mistral: argument {NAMES.index(name) + 1} ({name}) is {value}: ")
+    assert what in message
+    assert "not built yet; use " in message
+
+
+@pytest.mark.parametrize(("name", "text"), [("MP_VP", "2"), ("MP_SFT_PACKING", "true")])
+def test_a_variable_whose_capability_is_not_built_says_so(refused, monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    assert f"environment variable {name} is {text}: " in refused("mistral", PRETRAINING)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("MP_DATASET_TYPE", "json"), ("MP_VP", "-1"), ("MP_SFT_PACKING", "2"), ("MP_DRY_RUN", "maybe")]
+)
+def test_a_bad_variable_is_named_with_what_is_allowed(refused, monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    assert f"environment variable {name} is {text!r}; allowed: " in refused("mistral", PRETRAINING)
+
+
+def test_raw_records_without_fine_tuning_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("MP_DATASET_TYPE", "raw")
+    assert "SFT" in refused("mistral", PRETRAINING)
+
+
+def test_an_option_that_asks_for_what_is_not_built_says_so(refused):
+    message = refused("mistral", [*PRETRAINING, "--pipeline-model-parallel-size", "2"])
+    assert "--pipeline-model-parallel-size is 2: pipeline parallelism is not built yet" in message
+
+
+def test_an_unknown_option_is_refused_with_the_nearest(refused):
+    assert "unknown option '--log-intervall'; did you mean --log-interval?" in refused(
+        "mistral", [*PRETRAINING, "--log-intervall", "10"]
+    )
+    assert "did you mean --overwrite?" in refused("mistral-convert", [*CONVERSION, "--over-write"])
+    assert "did you mean --workers?" in refused("pretraining-dataset", [*PREPROCESSING, "--worker=3"])
+
+
+def test_an_option_that_a_positional_decides_is_refused(refused):
+    assert "--load follows from argument 23" in refused("mistral", [*PRETRAINING, "--load", "elsewhere"])
+
+
+def test_rules_between_settings_are_told_together_in_the_users_words(refused, monkeypatch):
+    monkeypatch.setenv("MP_DRY_RUN", "1")
+    message = refused(
+        "mistral",
+        changed(PRETRAINING, TP="3", GLOBAL_BATCH_SIZE="8", SEQ_LEN="100000", TRAIN_TOKENS_OR_ITERS="10", MIN_LR="1"),
+    )
+    for told in (
+        "num_attention_heads 32 is not a multiple of TP (argument 10) 3",
+        "num_query_groups 8 is not a multiple of TP (argument 10) 3",
+        "100000 tokens per sample are more than max_position_embeddings 32768",
+        "train_iters 0 must be at least 1; one iteration takes GLOBAL_BATCH_SIZE (argument 4) 8 × 100000",
+        "LR (argument 5) 1e-05 must be at least MIN_LR (argument 6) 1.0",
+    ):
+        assert told in message
+
+
+def test_a_world_that_the_axes_do_not_divide_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "6")
+    assert "= 4 does not divide 6 ranks" in refused("mistral", with_checkpoint())
+    monkeypatch.setenv("NPROC_PER_NODE", "four")
+    assert "environment variable NPROC_PER_NODE is 'four'" in refused("mistral", with_checkpoint())
+
+
+def with_checkpoint(**changes: str) -> list[str]:
+    return changed(PRETRAINING, **{"PRETRAIN_CHECKPOINT_PATH": str(GOLDEN / "Mistral-7B-v0.1")} | changes)
+
+
+def test_paths_that_are_missing_stop_a_real_run_together(refused):
+    assert "config.json does not exist" in refused("mistral", PRETRAINING)
+    message = refused("mistral", with_checkpoint())
+    assert f"dataset '{DATASET}': {DATASET}.idx does not exist" in message
+    assert "holds none of latest_checkpointed_iteration.txt, model.safetensors" in message
+
+
+def test_paths_that_are_missing_are_warnings_of_a_dry_run(planned):
+    warnings = " ".join(planned("mistral", PRETRAINING)["warnings"])
+    assert f"{DATASET}.idx does not exist" in warnings
+    assert "config.json does not exist" in warnings
+
+
+def test_a_shape_that_contradicts_the_size_is_refused_even_dry(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("MP_DRY_RUN", "1")
+    hf = json.loads((GOLDEN / "Mistral-7B-v0.1" / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    message = refused("mistral", changed(PRETRAINING, PRETRAIN_CHECKPOINT_PATH=str(tmp_path)))
+    assert "num_hidden_layers is 2 in" in message
+    assert "and 32 in MODEL_SIZE 7B" in message
+
+
+def test_no_checkpoint_needs_a_size_and_a_tokenizer(refused, planned, tmp_path):
+    start = changed(PRETRAINING, PRETRAIN_CHECKPOINT_PATH="none")
+    assert "--tokenizer-model must name" in refused("mistral", start)
+    assert "argument 2 (MODEL_SIZE) is 'auto'" in refused("mistral", ["dsw", "auto", *start[2:]])
+    plan = planned("mistral", [*start, "--tokenizer-model", str(tmp_path)])
+    assert "--load" not in plan["command"]
+
+
+@pytest.mark.parametrize(
+    ("position", "text", "told"),
+    [
+        (1, "8x7B", "the Mixtral family"),
+        (7, "2", "pipeline parallelism"),
+        (8, "10", "adding rows"),
+        (9, "8", "into experts"),
+        (10, "2", "into experts"),
+        (11, "4", "expert parallelism"),
+        (6, "0", "allowed: a whole number ≥ 1"),
+        (12, "maybe", "allowed: true or false"),
+    ],
+)
+def test_a_conversion_beyond_what_is_built_or_allowed_is_refused(refused, position, text, told):
+    arguments = [*CONVERSION]
+    arguments[position - 1] = text
+    message = refused("mistral-convert", arguments)
+    assert f"argument {position} (" in message
+    assert told in message
+
+
+def test_a_conversion_refuses_a_missing_source_and_an_occupied_target(refused, tmp_path):
+    source = str(GOLDEN / "Mistral-7B-v0.1")
+    (tmp_path / "precious").write_text("")
+    assert "config.json does not exist" in refused("mistral-convert", CONVERSION)
+    message = refused("mistral-convert", ["7B", source, "", source, str(tmp_path), *CONVERSION[5:]])
+    assert "is not empty; pass --overwrite" in message
+    with pytest.raises(StartedError):
+        main(["mistral-convert", "7B", source, "", source, str(tmp_path), *CONVERSION[5:], "--overwrite"])
+
+
+@pytest.mark.parametrize("arguments", [CONVERSION[:11], [*CONVERSION, "16", "again"]])
+def test_a_conversion_takes_twelve_or_thirteen(refused, arguments):
+    assert "12 to 13 arguments are needed" in refused("mistral-convert", arguments)
+
+
+def test_preprocessing_refuses_an_unknown_tokenizer_and_missing_files(refused, tmp_path):
+    message = refused("pretraining-dataset", ["/i", "mistralbpe", "text", "/o", "/l"])
+    assert "argument 2 (TOKENIZER) is 'mistralbpe'; allowed: auto, MistralTokenizer" in message
+    assert "input '/mnt/corpus.jsonl' does not exist" in refused("pretraining-dataset", PREPROCESSING)
+    assert "is a directory; name one JSON-lines file" in refused(
+        "pretraining-dataset", [str(tmp_path), *PREPROCESSING[1:]]
+    )
+    assert "argument 6 (DATASET_NAME) is missing" in refused("pretraining-dataset", ["/i", "GPT2BPETokenizer", *"abc"])
+
+
+def test_an_unknown_launcher_is_refused_with_the_known(capsys):
+    assert main(["mixtral"]) == 2
+    assert "mistral, mistral-convert, pretraining-dataset" in capsys.readouterr().err
+
+
+def test_help_shows_the_table(capsys):
+    assert main(["mistral", "--help"]) == 0
+    assert "26  OUTPUT_BASEPATH" in capsys.readouterr().out
