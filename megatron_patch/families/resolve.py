@@ -20,11 +20,6 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
 
-def size_names(families: tuple[str, ...]) -> list[str]:
-    """MODEL_SIZE values of a launcher that offers `families`."""
-    return [size for name in families for size in ALL[name].sizes] + ["auto"]
-
-
 def preset(families: tuple[str, ...], size: str) -> Resolved:
     """The architecture of a size alone. `auto` raises ValueError: it needs a checkpoint."""
     for name in families:

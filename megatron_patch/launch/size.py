@@ -1,21 +1,19 @@
 """MODEL_SIZE and a checkpoint directory, together one architecture."""
 
-from megatron_patch.families.resolve import Resolved, from_checkpoint, preset, size_names
+from megatron_patch.families.resolve import Resolved, from_checkpoint, preset
 from megatron_patch.launch.positional import Request, UsageError, place
 
 
 def resolve_size(request: Request, directory: str | None) -> tuple[Resolved, list[str]]:
     """The architecture, and what is not there yet. `directory` is None where nothing is loaded.
 
-    A size has an architecture of its own where the checkpoint is missing. Raises UsageError for a size that is not
-    offered and for `auto` without a checkpoint, ValueError for a checkpoint that contradicts the size.
+    A size has an architecture of its own where the checkpoint is missing. Raises UsageError for `auto` without a
+    checkpoint, ValueError for a checkpoint that contradicts the size.
     """
-    size, where = request.texts["MODEL_SIZE"], place(request.table, "MODEL_SIZE")
-    offered = size_names(request.families)
-    if size not in offered:
-        raise UsageError(f"{where} is {size!r}; allowed: {', '.join(offered)}")
+    size = request.values["MODEL_SIZE"]
     if directory is None:
         if size == "auto":
+            where = place(request.table, "MODEL_SIZE")
             raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
         return preset(request.families, size), []
     try:

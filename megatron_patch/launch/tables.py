@@ -6,9 +6,15 @@ from megatron_patch.launch.values import count, keys, number, on_or_off, one_of,
 
 WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
 
+
+def size(*names: str) -> Arg:
+    """MODEL_SIZE of a launcher whose documents name these sizes."""
+    return Arg("MODEL_SIZE", one_of(*names, "auto"), f"{', '.join(names)} or auto (from config.json)")
+
+
 TRAINING: Table = (
     Arg("ENV", one_of("dsw", "dlc"), "dsw (this machine) or dlc (several nodes)"),
-    Arg("MODEL_SIZE", words, "a size of the family, or auto (from the checkpoint's config.json)"),
+    size("7B", "8x7B"),
     Arg("BATCH_SIZE", count, f"{COUNT}: samples per forward pass and data-parallel rank"),
     Arg("GLOBAL_BATCH_SIZE", count, f"{COUNT}: samples per optimizer step"),
     Arg("LR", number, "a number ≥ 0: peak learning rate"),
@@ -36,7 +42,7 @@ TRAINING: Table = (
 )
 
 CONVERSION: Table = (
-    Arg("MODEL_SIZE", words, "a size of the family, or auto (from config.json)"),
+    size("7B", "8x7B"),
     Arg("HG_CKPT_PATH", words, "the Hugging Face directory with config and tokenizer files"),
     Arg("MEGATRON_PATH", str, "anything: accepted and ignored"),
     Arg("SOURCE_CKPT_PATH", words, "the directory to read"),

@@ -1,5 +1,6 @@
 """Every class of bad command, in process: what is said, exit status 2, and nothing started."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,19 +15,35 @@ from commands import (
     changed,
 )
 
+from megatron_patch.families import ALL
+from megatron_patch.launch import tables
 from megatron_patch.launch.__main__ import main
-from megatron_patch.launch.tables import CONVERSION as CONVERSION_TABLE
-from megatron_patch.launch.tables import TRAINING
+from megatron_patch.launch.positional import UsageError
+from megatron_patch.launch.tables import LAUNCHERS
+from megatron_patch.launch.unbuilt import check_built
 
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def test_the_tables_are_the_documents():
-    assert [arg.name for arg in TRAINING] == NAMES
-    assert " ".join(arg.name for arg in CONVERSION_TABLE) == (
+    assert [arg.name for arg in tables.TRAINING] == NAMES
+    assert " ".join(arg.name for arg in tables.CONVERSION) == (
         "MODEL_SIZE HG_CKPT_PATH MEGATRON_PATH SOURCE_CKPT_PATH TARGET_CKPT_PATH TP PP EXTRA_VOCAB_SIZE NUM_EXPERTS "
         "EXPERTS_TOPK EP mg2hf WS"
     )
+
+
+def test_the_sizes_that_are_not_refused_are_the_families():
+    for launcher in LAUNCHERS.values():
+        offered = [arg.allowed.split(" or auto")[0] for arg in launcher.table if arg.name == "MODEL_SIZE"]
+        for sizes in offered:
+            built = []
+            for size in sizes.split(", "):
+                with contextlib.suppress(UsageError):
+                    lines = [line for line in launcher.unbuilt if line[0] == "MODEL_SIZE"]
+                    check_built(tuple(lines), {"MODEL_SIZE": size}, str)
+                    built.append(size)
+            assert built == [size for family in launcher.families for size in ALL[family].sizes]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +200,7 @@ def test_a_shape_that_contradicts_the_size_is_refused_even_dry(refused, monkeypa
 def test_no_checkpoint_needs_a_size_and_a_tokenizer(refused, planned, tmp_path):
     start = changed(PRETRAINING, PRETRAIN_CHECKPOINT_PATH="none")
     assert "--tokenizer-model must name" in refused("mistral", start)
-    assert "argument 2 (MODEL_SIZE) is 'auto'" in refused("mistral", ["dsw", "auto", *start[2:]])
+    assert "argument 2 (MODEL_SIZE) is 'auto', which reads" in refused("mistral", ["dsw", "auto", *start[2:]])
     plan = planned("mistral", [*start, "--tokenizer-model", str(tmp_path)])
     assert "--load" not in plan["command"]
 

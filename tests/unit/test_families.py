@@ -12,7 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from megatron_patch.families import ALL
 from megatron_patch.families.family import OPTIONAL
 from megatron_patch.families.manifest import check_complete, manifest, parameter_count
-from megatron_patch.families.resolve import from_checkpoint, preset, read_config, size_names
+from megatron_patch.families.resolve import from_checkpoint, preset, read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V01, V03 = GOLDEN / "Mistral-7B-v0.1", GOLDEN / "Mistral-7B-v0.3"
@@ -143,10 +143,6 @@ def test_a_written_config_is_read_back_by_both():
     hf = json.loads(json.dumps(MISTRAL.hf_config(config, "bfloat16")))
     assert MISTRAL.config(hf) == config
     assert theirs(hf) == theirs(read_config(V03))
-
-
-def test_sizes_are_offered_with_auto():
-    assert size_names(("mistral",)) == ["7B", "auto"]
 
 
 def test_v03_under_the_name_7b_is_taken_with_warnings():
