@@ -20,7 +20,7 @@ from megatron_patch.data.json_lines import Record, parse_line
 from megatron_patch.data.tokenizer import load_tokenizer, vocabulary_size
 
 # Input bytes tokenised at once: enough to keep every worker busy, and what bounds memory.
-BYTES_PER_BATCH = 4 << 20
+BYTES_PER_BATCH = 1 << 20
 
 
 class Report(NamedTuple):

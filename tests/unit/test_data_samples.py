@@ -1,0 +1,187 @@
+"""Sample order of pre-training data, against vectors computed by Megatron-Core."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_patch.data.blend import BlendedDataset, blend_indices, blended
+from megatron_patch.data.gpt import GPTDataset
+from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from megatron_patch.data.paths import Source, parse_blend
+from megatron_patch.data.splits import SPLITS, parse_split, split_range
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "index.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Prefixes of the golden corpora, by name."""
+    directory = tmp_path_factory.mktemp("corpora")
+    for name, documents in GOLDEN["corpora"].items():
+        with IndexedDatasetBuilder(directory / name, "uint16") as builder:
+            for document in documents:
+                builder.add(document, [len(document)], [1])
+    return {name: str(directory / name) for name in GOLDEN["corpora"]}
+
+
+def maker(case, split):
+    def make(prefix, count):
+        indexed = IndexedDataset(prefix)
+        bounds = split_range(case["split"], split, len(indexed))
+        return GPTDataset(indexed, bounds, count, seq_length=case["seq_length"], seed=case["seed"])
+
+    return make
+
+
+def cases(kind):
+    """Every split that a golden case has a result for."""
+    return [
+        pytest.param(case, split, id=f"{' '.join(case['blend'])}-{case['split']}-{case['sizes']}-{split}")
+        for case in GOLDEN[kind]
+        for split in SPLITS
+        if case["result"][split]
+    ]
+
+
+@pytest.mark.parametrize(("case", "split"), cases("gpt"))
+def test_one_dataset_is_drawn_as_megatron_draws_it(case, split, corpora):
+    wanted = case["result"][split]
+    dataset = maker(case, split)(corpora["A"], case["sizes"][SPLITS.index(split)])
+    assert len(dataset) == wanted["len"]
+    assert dataset.indices.documents.tolist() == wanted["document_index"]
+    assert dataset.indices.samples.tolist() == wanted["sample_index"]
+    assert dataset.indices.shuffle.tolist() == wanted["shuffle_index"]
+    first = dataset[0]
+    assert first.tokens.tolist() == wanted["first_sample_tokens"]
+    assert first.labels.tolist() == wanted["first_sample_labels"]
+    assert first.loss_mask.tolist() == [1.0] * case["seq_length"]
+
+
+@pytest.mark.parametrize(("case", "split"), cases("blend"))
+def test_a_blend_is_drawn_as_megatron_draws_it(case, split, corpora):
+    wanted = case["result"][split]
+    built = []
+
+    def make(prefix, count):
+        built.append(count)
+        return maker(case, split)(prefix, count)
+
+    sources = parse_blend([corpora.get(word, word) for word in case["blend"]])
+    dataset = blended(sources, make, case["sizes"][SPLITS.index(split)])
+    assert built == wanted["mid_level_num_samples"]
+    assert [len(part) for part in dataset.datasets] == wanted["mid_level_lens"]
+    assert dataset.dataset_index.tolist() == wanted["dataset_index"]
+    assert dataset.sample_index.tolist() == wanted["dataset_sample_index"]
+    assert len(dataset) == wanted["len"]
+    assert dataset[0].tokens.tolist() == wanted["first_sample_tokens"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["blending_indices"], ids=lambda case: str(case["weights"]))
+def test_blend_order_is_megatrons(case):
+    weights = np.array(case["weights"], np.float64) / sum(case["weights"])
+    datasets, samples = blend_indices(weights, case["size"])
+    assert datasets.tolist() == case["dataset_index"] and datasets.dtype == np.int16
+    assert samples.tolist() == case["dataset_sample_index"]
+
+
+@pytest.mark.parametrize("text", GOLDEN["splits"])
+def test_split_strings_are_megatrons(text):
+    wanted = GOLDEN["splits"][text]
+    assert list(parse_split(text)) == wanted["vector"]
+    for name, share in zip(SPLITS, wanted["matrix"], strict=True):
+        first, last = split_range(text, name, 1_000_003)
+        assert (first, last) == tuple(round(bound * 1_000_003) for bound in share) if share else first == last
+
+
+@pytest.mark.parametrize("text", ["-1,2", "a,b", "", "0,0", "1,2,3,4", "1e400", "nan,1"])
+def test_a_split_that_means_nothing_is_refused(text):
+    with pytest.raises(ValueError, match=f"split {re.escape(repr(text))}"):
+        parse_split(text)
+
+
+def test_samples_are_a_walk_over_the_documents(tmp_path):
+    """Known by construction: with tokens numbered along the shuffled stream, sample j starts at token j·S."""
+    lengths = np.random.RandomState(3).randint(0, 9, size=60)
+    with IndexedDatasetBuilder(tmp_path / "x", "int32") as builder:
+        builder.add(np.arange(lengths.sum()), lengths, np.ones(60, int))
+    indexed = IndexedDataset(tmp_path / "x")
+    dataset = GPTDataset(indexed, (0, 60), 150, seq_length=4, seed=5)
+    stream = np.concatenate([indexed[i] for i in dataset.indices.documents])
+    for number, position in enumerate(dataset.indices.shuffle.tolist()):
+        sample = dataset[number]
+        assert sample.tokens.tolist() == stream[position * 4 :][:4].tolist()
+        assert sample.labels.tolist() == stream[position * 4 + 1 :][:4].tolist()
+
+
+def test_changing_one_loss_mask_changes_no_other(corpora):
+    dataset = GPTDataset(IndexedDataset(corpora["A"]), (0, 10), None, seq_length=8, seed=1)
+    dataset[0].loss_mask[:] = 0
+    assert dataset[1].loss_mask.all() and dataset[0].loss_mask.all()
+
+
+@pytest.mark.parametrize("bounds", [(4, 4), (0, 2)])
+def test_too_little_data_is_refused_instead_of_searched_forever(bounds, tmp_path):
+    with IndexedDatasetBuilder(tmp_path / "x", "int32") as builder:
+        builder.add([1, 2, 3], [0, 0, 3, 0], [1, 1, 1, 1])
+    with pytest.raises(ValueError, match="hold 0 tokens, which is too little"):
+        GPTDataset(IndexedDataset(tmp_path / "x"), bounds, 5, seq_length=4, seed=1)
+
+
+def test_one_epoch_shorter_than_a_sample_is_refused(corpora):
+    with pytest.raises(ValueError, match="hold 52 tokens, which is too little for a sample of seq_length 52"):
+        GPTDataset(IndexedDataset(corpora["A"]), (0, 10), None, seq_length=52, seed=1)
+
+
+def test_an_unweighted_blend_that_is_too_small_says_how_to_repeat_it(corpora):
+    case = {"split": "1", "seq_length": 8, "seed": 1}
+    with pytest.raises(ValueError, match=r"hold 8 samples and 9 are needed; .*give weights"):
+        blended([Source(corpora["A"]), Source(corpora["B"])], maker(case, "train"), 9)
+
+
+def test_an_overdrawn_dataset_is_named():
+    class Short(list):
+        pass
+
+    with pytest.raises(ValueError, match="dataset 'b': the blend draws 5 samples from 1"):
+        blended(
+            [Source("a", 1.0), Source("b", 1.0)], lambda prefix, count: Short(" " * (9 if prefix == "a" else 1)), 10
+        )
+
+
+def test_one_weighted_source_is_a_blend(corpora):
+    case = {"split": "1", "seq_length": 8, "seed": 1}
+    assert isinstance(blended([Source(corpora["A"], 0.3)], maker(case, "train"), 9), BlendedDataset)
+
+
+def test_cached_indices_are_reused_until_the_files_change(tmp_path, monkeypatch):
+    def open_dataset():
+        indexed = IndexedDataset(tmp_path / "x")
+        return GPTDataset(indexed, (0, len(indexed)), 20, seq_length=3, seed=1, cache_path=str(tmp_path / "cache"))
+
+    def write(count):
+        with IndexedDatasetBuilder(tmp_path / "x", "int32") as builder:
+            builder.add(np.arange(5 * count), [5] * count, [1] * count)
+
+    write(4)
+    built = open_dataset().indices
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_patch.data.gpt.build_indices", lambda *_, **__: pytest.fail("built again"))
+        for ours, cached in zip(built, open_dataset().indices, strict=True):
+            assert ours.tolist() == cached.tolist() and ours.dtype == cached.dtype
+    write(4)
+    os.utime(tmp_path / "x.bin", (1, 1))
+    monkeypatch.setattr("megatron_patch.data.gpt.build_indices", lambda *_, **__: pytest.fail("built again"))
+    with pytest.raises(pytest.fail.Exception, match="built again"):
+        open_dataset()
+
+
+def test_a_thinned_cache_is_built_again(tmp_path, corpora):
+    arguments = (IndexedDataset(corpora["A"]), (0, 10), 20)
+    first = GPTDataset(*arguments, seq_length=8, seed=1, cache_path=str(tmp_path))
+    next(tmp_path.glob("*.1.npy")).write_bytes(b"")
+    again = GPTDataset(*arguments, seq_length=8, seed=1, cache_path=str(tmp_path))
+    assert again.indices.samples.tolist() == first.indices.samples.tolist()
