@@ -12,7 +12,7 @@ Record = dict[str, Any]
 def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record:
     """One line as an object. Raises ValueError naming file, line and column."""
     try:
-        return _object(json.loads(line), f"{os.fspath(path)}, line {number}")
+        return _object(json.loads(line.rstrip()), f"{os.fspath(path)}, line {number}")
     except json.JSONDecodeError as error:
         raise ValueError(f"{os.fspath(path)}, line {number}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -53,7 +53,7 @@ def _read_array(content: bytes, path: Path) -> Iterator[tuple[str, Record]]:
 
 def _object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a {type(value).__name__} stands where an object with named fields is expected")
+        raise ValueError(f"{where}: {type(value).__name__} instead of an object with named fields")
     return value
 
 
