@@ -6,7 +6,7 @@ Modules are imported as late as their stage needs them: a wrong count or value i
 import os
 import sys
 
-from megatron_patch.launch.positional import Request, divide, numbered, place, read, read_variables, typed
+from megatron_patch.launch.positional import Request, UsageError, divide, numbered, place, read, read_variables, typed
 from megatron_patch.launch.tables import DRY_RUN, LAUNCHERS, Launcher
 from megatron_patch.launch.unbuilt import check_built
 
@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     try:
         request = _request(LAUNCHERS[name], argv[1:])
         plan = _plan(LAUNCHERS[name].module, request)
+        if not request.is_dry:
+            _check_installed()
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -42,6 +44,13 @@ def _plan(module: str, request: Request) -> dict[str, object]:
     from importlib import import_module
 
     return import_module(f"megatron_patch.launch.{module}").plan(request)
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise UsageError(f"{sys.executable} has no torch; activate the environment that holds requirements.txt")
 
 
 def _start(plan: dict[str, object], is_dry: bool) -> int:

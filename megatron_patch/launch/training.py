@@ -170,9 +170,10 @@ def _check(request: Request, run: RunConfig, world: int, absent: list[str]) -> l
     """Raise UsageError with all that is broken. A dry run only warns of paths that are missing or occupied now."""
     now, wrong = look(run)
     obstacles = [*absent, *now]
-    broken = [*problems(run, world), *wrong, *([] if request.is_dry else obstacles)]
+    broken = [in_capitals(sentence, request) for sentence in problems(run, world)]
+    broken += [*wrong, *([] if request.is_dry else obstacles)]
     if broken:
-        raise UsageError("\n".join(in_capitals(sentence, request) for sentence in broken))
+        raise UsageError("\n".join(broken))
     return obstacles
 
 
@@ -208,10 +209,6 @@ def _without_effect(request: Request) -> list[str]:
         (v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
         (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),
         (is_raw and pad != length, f"SEQ_LEN (argument 7) is {length}: raw records are PAD_LEN = {pad} tokens long"),
-        (
-            is_raw and v["DATASET_PATH"] == v["VALID_DATASET_PATH"],
-            "VALID_DATASET_PATH (argument 22) is the training file: the validation loss measures memory",
-        ),
     )
     return [sentence for applies, sentence in rules if applies]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import read_header
 from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.splits import parse_split
+from megatron_patch.data.splits import parse_split, split_range
 
 TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS = (TRACKER, "model.safetensors", "model.safetensors.index.json")
@@ -41,10 +41,14 @@ def present_obstacles(*checks: Callable[[], None]) -> list[str]:
 
 
 def check_training_data(run: RunConfig) -> None:
-    """Raise unless every training dataset is there and whole, and its split can be read."""
-    _check_dataset(run.data.dataset, run.data.train_data_path)
-    if run.data.dataset == "MMAP" and run.data.train_data_path == run.data.valid_data_path:
+    """Raise unless every training dataset is there and whole, and what it shares with validation leaves both some."""
+    is_divided = run.data.train_data_path == run.data.valid_data_path
+    if is_divided:
         parse_split(run.data.split)
+    _check_dataset(run.data.dataset, run.data.train_data_path)
+    if is_divided and run.data.dataset == "MMAP":
+        for source in parse_blend(run.data.train_data_path):
+            _check_split(source.prefix, run.data.split)
 
 
 def check_validation_data(run: RunConfig) -> None:
@@ -101,6 +105,17 @@ def _check_dataset(kind: str, paths: tuple[str, ...]) -> None:
         check_one = _check_file
     for path in prefixes:
         check_one(path)
+
+
+def _check_split(prefix: str, split: str) -> None:
+    documents = read_header(prefix).sequences
+    for name in ("train", "valid"):
+        first, last = split_range(split, name, documents)
+        if first == last:
+            raise ValueError(
+                f"split {split!r} leaves nothing of dataset {prefix!r} ({documents} documents) for {name}; "
+                "change --split, or name another validation dataset"
+            )
 
 
 def _check_file(path: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 INDENT = 2
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def render(plan: Mapping[str, Any]) -> str:
@@ -13,7 +14,7 @@ def render(plan: Mapping[str, Any]) -> str:
     width = max(len(key) for section in sections.values() for key in section)
     lines = []
     for name, section in sections.items():
-        shown = _in_gib if name == "memory" else _plain
+        shown = _bytes if name == "memory" else _plain
         lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
@@ -29,5 +30,8 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _in_gib(value: int | None) -> str:
-    return "unknown" if value is None else f"{value / 2**30:.3f} GiB"
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    unit, name = next(((size, name) for size, name in UNITS if value >= size), (1, "bytes"))
+    return f"{value / unit:.4g} {name}"

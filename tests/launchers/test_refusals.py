@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from commands import (
@@ -10,6 +12,7 @@ from commands import (
     NAMES,
     PREPROCESSING,
     PRETRAINING,
+    RAW_FINE_TUNING,
     ROOT,
     StartedError,
     changed,
@@ -188,6 +191,24 @@ def test_paths_that_are_missing_are_warnings_of_a_dry_run(planned):
     assert "config.json does not exist" in warnings
 
 
+def test_checkpoints_of_an_earlier_run_are_kept(refused, planned, monkeypatch, tmp_path):
+    monkeypatch.setenv("MP_DATASET_TYPE", "raw")
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "config.json").write_bytes((GOLDEN / "Mistral-7B-v0.1" / "config.json").read_bytes())
+    for name in ("start/latest_checkpointed_iteration.txt", "train.json", "valid.json"):
+        (tmp_path / name).write_text("")
+    paths = {"DATASET_PATH": "train.json", "VALID_DATASET_PATH": "valid.json", "PRETRAIN_CHECKPOINT_PATH": "start"}
+    command = changed(RAW_FINE_TUNING, **paths, OUTPUT_BASEPATH=str(tmp_path))
+    earlier = Path(planned("mistral", command)["output"]["checkpoint"])
+    earlier.mkdir(parents=True)
+    (earlier / "latest_checkpointed_iteration.txt").write_text("9")
+    monkeypatch.delenv("MP_DRY_RUN")
+    assert f"{earlier} already holds checkpoints" in refused("mistral", command)
+    with pytest.raises(StartedError):
+        main(["mistral", *command, "--overwrite"])
+
+
 def test_a_shape_that_contradicts_the_size_is_refused_even_dry(refused, monkeypatch, tmp_path):
     monkeypatch.setenv("MP_DRY_RUN", "1")
     hf = json.loads((GOLDEN / "Mistral-7B-v0.1" / "config.json").read_text()) | {"num_hidden_layers": 2}
@@ -234,6 +255,13 @@ def test_a_conversion_refuses_a_missing_source_and_an_occupied_target(refused, t
     assert "is not empty; pass --overwrite" in message
     with pytest.raises(StartedError):
         main(["mistral-convert", "7B", source, "", source, str(tmp_path), *CONVERSION[5:], "--overwrite"])
+
+
+def test_a_python_without_torch_is_named(refused, monkeypatch, tmp_path):
+    source = str(GOLDEN / "Mistral-7B-v0.1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused("mistral-convert", ["7B", source, "", source, str(tmp_path / "target"), *CONVERSION[5:]])
+    assert f"{sys.executable} has no torch" in message
 
 
 @pytest.mark.parametrize("arguments", [CONVERSION[:11], [*CONVERSION, "16", "again"]])

@@ -41,6 +41,9 @@ def run(tmp_path, *flags: str) -> RunConfig:
     return from_flags([*base, *paths, "--load", f"{tmp_path}/start", *flags])
 
 
+ENOUGH = [10] * 100  # documents: 99 to train on, 1 to validate on
+
+
 def write_dataset(prefix, lengths: list[int]) -> None:
     """A .bin/.idx pair of uint16 tokens, one sequence per document, byte by byte from the format's description."""
     count = len(lengths)
@@ -65,7 +68,7 @@ def test_iterations_are_the_documents(amount, warmup, per_iteration, is_fine_tun
 
 
 def test_the_schedule_counts_what_training_consumes(tmp_path):
-    write_dataset(tmp_path / "d", [400, 600])
+    write_dataset(tmp_path / "d", ENOUGH)
     section = schedule(run(tmp_path), dp=2)
     assert (section["micro_batches"], section["samples"], section["tokens"]) == (2, 72, 72 * 32)
     assert section["dataset_tokens"] == 990  # 99 of 100 parts
@@ -148,8 +151,20 @@ def test_an_output_below_a_file_is_refused(tmp_path):
     assert "is a file" in now[0]
 
 
-def prepare(tmp_path) -> None:
+def test_a_split_that_leaves_one_side_empty_is_wrong(tmp_path):
+    prepare(tmp_path)
     write_dataset(tmp_path / "d", [400, 600])
+    _, wrong = look(run(tmp_path))
+    assert wrong == [
+        f"split '99,1,0' leaves nothing of dataset '{tmp_path}/d' (2 documents) for valid; change --split, or name "
+        "another validation dataset"
+    ]
+    assert look(run(tmp_path, "--split", "50,50,0"))[1] == []
+    assert "not a list of numbers" in look(run(tmp_path, "--split", "most"))[1][0]
+
+
+def prepare(tmp_path) -> None:
+    write_dataset(tmp_path / "d", ENOUGH)
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "latest_checkpointed_iteration.txt").write_text("release")
 
