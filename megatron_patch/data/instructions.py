@@ -88,7 +88,7 @@ def _answer_tokens(encoding: Encoding, answer_start: int) -> tuple[int, int]:
     while end and added[end - 1]:
         end -= 1
     for position, (begin, stop) in enumerate(encoding.offsets[:end]):
-        if not added[position] and (stop > answer_start or begin >= answer_start):
+        if stop > answer_start or begin >= answer_start:
             return position, end
     return end, end
 

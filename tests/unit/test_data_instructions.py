@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.prompts import PROMPTS, Instruction, resolve_renderer
+from megatron_patch.data.prompts import PROMPTS, Instruction, Rendered, Renderer, resolve_renderer
 from megatron_patch.data.tokenizer import load_tokenizer
 
 # A Mistral-like conversation; transformers itself marks what stands between the generation tags.
@@ -124,6 +125,18 @@ def test_records_keep_their_own_tokens(tmp_path, tokenizer):
     apart = [dataset(tmp_path, tokenizer, [record])[0] for record in RECORDS]
     for one, other in zip((together[i] for i in range(len(RECORDS))), apart, strict=True):
         assert [part.tolist() for part in one] == [part.tolist() for part in other]
+
+
+def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_is_not(tmp_path, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    text, path = "def return", tmp_path / "records.json"
+    path.write_text('[{"instruction": "q", "output": "a"}]')
+    renderer = Renderer(lambda record: Rendered(text, text.index("return") + 3), adds_special_tokens=True)
+    sample = InstructionDataset(path, tokenizer, renderer, length=16)[0]
+    assert tokenizer.convert_ids_to_tokens(sample.tokens[:4]) == ["<s>", "▁def", "▁return", "</s>"]
+    assert np.flatnonzero(sample.loss_mask).tolist() == [1]
 
 
 def test_alpaca_has_an_input_section_only_with_input(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_a_directory_without_usable_tokenizer_is_named(content, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_python_in_the_directory_runs_only_when_trusted(tokenizer_directory, tmp_path):
+def test_python_in_the_directory_runs_only_when_trusted(tokenizer_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", sys.path.copy())
     directory = Path(shutil.copytree(tokenizer_directory, tmp_path / "t"))
     witness = tmp_path / "ran"
     (directory / "own.py").write_text(
