@@ -1,42 +1,35 @@
-"""Converting a checkpoint between formats and tensor-parallel layouts: `python3 -m megatron_patch.convert SRC DST`."""
+"""Converting a checkpoint between formats and layouts: `python3 -m megatron_patch.convert SRC DST`."""
 
 import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from megatron_patch.checkpoint import mcore
 from megatron_patch.checkpoint.assets import copy_assets, write_dtype
 from megatron_patch.checkpoint.atomic import replaced_directory
-from megatron_patch.checkpoint.hf import HfSource, write_hf
-from megatron_patch.checkpoint.layouts import check_divides, cut, part_shapes, split
-from megatron_patch.checkpoint.mcore import McoreSource
-from megatron_patch.checkpoint.source import detect_format, open_checkpoint
-from megatron_patch.config.model import ModelConfig
+from megatron_patch.checkpoint.cast import DTYPES, Cast
+from megatron_patch.checkpoint.formats import FORMATS, detect_format
+from megatron_patch.checkpoint.interface import Source, Target
 from megatron_patch.families import ALL
-from megatron_patch.families.manifest import Entry, manifest
+from megatron_patch.families.manifest import manifest
 from megatron_patch.families.resolve import Resolved, from_checkpoint
 
 _COMMAND = "python3 -m megatron_patch.convert"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One conversion. `tp` and `transformer_impl` (te | local names) describe an mcore target."""
+    """One conversion. `layout` holds the Target fields that were named; `dtype` None keeps each tensor's own."""
 
     source: Path
     target: Path
     format: str
-    tp: int = 1
-    transformer_impl: str = "te"
-    dtype: torch.dtype | None = None  # None keeps each tensor's own
+    layout: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype | None = None
     assets: Path | None = None
     model_size: str = "auto"
     overwrite: bool = False
@@ -54,7 +47,7 @@ class Summary:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status 2 for arguments that cannot work, 1 for a checkpoint that cannot be converted."""
     parser = _parser()
-    job = _job(parser, parser.parse_args(argv))
+    job = _job(parser.parse_args(argv))
     try:
         check_paths(job)
     except ValueError as error:
@@ -78,23 +71,21 @@ def convert(job: Job) -> Summary:
     Raises ValueError or OSError in one sentence, before anything is written where that can be known.
     """
     check_paths(job)
-    source_format = detect_format(job.source)
+    found, wanted = detect_format(job.source), FORMATS[job.format]
     resolved, assets = resolve_architecture(job)
-    entries = manifest(resolved.family, resolved.config)
-    warnings = list(resolved.warnings)
-    if job.format == "mcore":
-        for entry in entries:
-            check_divides(entry, resolved.config, job.tp)
-    source = open_checkpoint(job.source, resolved.family, resolved.config)
-    if job.format == "hf" and job.tp > 1 and (source_format == "hf" or job.tp != len(source.ranks)):
-        warnings.append(f"--tp {job.tp} has no effect: the source is {source.describe()}, and hf is not cut")
+    entries, config = manifest(resolved.family, resolved.config), resolved.config
+    target = Target(**{name: value for name, value in job.layout.items() if name in wanted.options})
+    wanted.check(entries, config, target)
+    source = found.open(job.source, entries, config)
+    _check_layout_arguments(job, source)
+    if job.dtype is not None:
+        source = Cast(source, job.dtype)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     with replaced_directory(job.target) as partial:
         copy_assets(assets, partial)
-        write_dtype(partial, str(job.dtype or source.dtype).removeprefix("torch."))
-        write = _write_hf if job.format == "hf" else _write_mcore
-        tensors, size = write(job, source, entries, resolved.config, partial)
-    return Summary(tensors, size, tuple(warnings))
+        write_dtype(partial, str(source.dtype).removeprefix("torch."))
+        written = wanted.write(partial, entries, config, source, target)
+    return Summary(written.tensors, written.bytes, (*resolved.warnings, *_without_effect(job, source)))
 
 
 def check_paths(job: Job) -> None:
@@ -137,64 +128,40 @@ def _check_same(assets: Resolved, source: Resolved, job: Job) -> None:
             raise ValueError(f"{key.hf[0]} is {ours} in {job.assets}/config.json and {theirs} in {job.source}")
 
 
-def _write_hf(
-    job: Job, source: HfSource | McoreSource, entries: list[Entry], config: ModelConfig, directory: Path
-) -> tuple[int, int]:
-    outline = {
-        name: (job.dtype or source.dtype_of(entry), shape)
-        for entry in entries
-        for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True)
-    }
-
-    def tensors() -> Iterator[Tensor]:
-        for entry in _progress(entries):
-            yield from split(entry, _cast(entry, source.read(entry), job.dtype), config)
-
-    return len(outline), write_hf(directory, outline, tensors())
+def _check_layout_arguments(job: Job, source: Source) -> None:
+    """Raise ValueError where an argument without meaning for the target contradicts the source it may describe."""
+    for name, value in job.layout.items():
+        if name in FORMATS[job.format].options or name not in source.layout:
+            continue
+        if value != source.layout[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {value}, but SRC is {source.describe()}; {job.format} itself is not cut")
 
 
-def _write_mcore(
-    job: Job, source: HfSource | McoreSource, entries: list[Entry], config: ModelConfig, directory: Path
-) -> tuple[int, int]:
-    args = mcore.megatron_args(config, job.tp, job.dtype or source.dtype, job.transformer_impl)
-    name_of = mcore.local_name if job.transformer_impl == "local" else str
-
-    def write_rank(rank: int) -> int:  # returns before the next rank's shards are made
-        shards = {
-            name_of(entry.mcore): _cast(entry, cut(entry, source.read(entry), rank, job.tp), job.dtype)
-            for entry in _progress(entries, f"rank {rank}")
-        }
-        mcore.write_rank(directory, None, rank, shards, args)
-        return sum(shard.nbytes for shard in shards.values())
-
-    size = sum(write_rank(rank) for rank in range(job.tp))
-    mcore.publish(directory, None, job.tp)
-    return len(entries), size
-
-
-def _cast(entry: Entry, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or tensor.dtype == dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(result).all():
-        raise ValueError(f"{entry.mcore} has values beyond fp16's 65504; keep the dtype or use bf16")
-    return result
-
-
-def _progress(entries: list[Entry], label: str = "tensors") -> Iterator[Entry]:
-    return iter(tqdm(entries, label, leave=False, disable=not sys.stderr.isatty()))
+def _without_effect(job: Job, source: Source) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {value} has no effect: {job.format} has no such layout, nor has SRC"
+        for name, value in job.layout.items()
+        if name not in FORMATS[job.format].options and name not in source.layout and value != getattr(Target(), name)
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert", usage=f"{_COMMAND} SRC DST --format {{hf,mcore}} [options]", description="Convert a checkpoint."
+        prog="convert", usage=f"{_COMMAND} SRC DST --format FORMAT [options]", description="Convert a checkpoint."
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint directory; its format is detected")
     parser.add_argument("target", metavar="DST", type=Path, help="directory to write")
-    parser.add_argument("--format", required=True, choices=("hf", "mcore"), help="what to write")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of an mcore target")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages of an mcore target; only 1 yet")
-    parser.add_argument("--transformer-impl", choices=("te", "local"), default="te", help="parameter names of mcore")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
+    layout = parser.add_argument_group("layout of the target; where its format has none, the source's must agree")
+    layout.add_argument("--tp", type=_count, help="tensor-parallel ranks")
+    layout.add_argument("--pp", type=_count, help="pipeline stages")
+    layout.add_argument("--ep", type=_count, help="expert-parallel ranks")
+    layout.add_argument("--etp", type=_count, help="tensor-parallel ranks of experts; default: as --tp")
+    layout.add_argument("--vp", type=_count, help="virtual chunks of each pipeline stage")
+    layout.add_argument("--first-stage-layers", type=_count, help="layers of the first stage; default: even")
+    layout.add_argument("--transformer-impl", choices=("te", "local"), help="parameter names of mcore; default: te")
+    layout.add_argument("--experts", choices=("sequential", "grouped"), help="names of experts; default: sequential")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="convert every tensor; default: as stored")
     parser.add_argument("--assets", type=Path, metavar="DIR", help="config.json and tokenizer to carry; default: SRC's")
     parser.add_argument("--model-size", default="auto", help="hold config.json against a named size")
@@ -202,13 +169,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Job:
+def _count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count; it must be at least 1")
+    return value
+
+
+def _job(arguments: argparse.Namespace) -> Job:
     values = vars(arguments)
-    if (pp := values.pop("pp")) != 1:
-        parser.error(f"--pp is {pp}; only 1 is built so far")
-    if values["tp"] < 1:
-        parser.error(f"--tp is {values['tp']}; it must be at least 1")
-    return Job(**values | {"dtype": DTYPES.get(values["dtype"])})
+    layout = {field.name: values.pop(field.name) for field in dataclasses.fields(Target)}
+    named = {name: value for name, value in layout.items() if value is not None}
+    return Job(**values | {"dtype": DTYPES.get(values["dtype"]), "layout": named})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_patch.checkpoint.layouts import merge, part_shapes
+from megatron_patch.checkpoint.interface import Source, Target, Written
+from megatron_patch.checkpoint.layouts import merge, part_shapes, split
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
@@ -38,6 +39,11 @@ class HfSource:
     def dtype(self) -> torch.dtype:
         """The type of most tensors."""
         return Counter(self.dtypes.values()).most_common(1)[0][0]
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """Tensors are whole."""
+        return {}
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`'s parts, which all have the same."""
@@ -79,11 +85,29 @@ def holds_hf(directory: Path) -> bool:
     return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
 
 
-def write_hf(
+def check_hf_target(entries: list[Entry], config: ModelConfig, target: Target) -> None:
+    """Nothing to refuse: tensors are written whole."""
+
+
+def write_hf(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
+    """Write every Hugging Face tensor, one entry in memory at a time; the layout of `target` has no meaning here.
+
+    One `model.safetensors`, or numbered files of at most SHARD_BYTES and their index.
+    """
+    outline = {
+        name: (source.dtype_of(entry), shape)
+        for entry in entries
+        for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True)
+    }
+    tensors = (part for entry in entries for part in split(entry, source.read(entry), config))
+    return Written(len(outline), write_safetensors(directory, outline, tensors, SHARD_BYTES))
+
+
+def write_safetensors(
     directory: Path,
     outline: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[Tensor],
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int,
 ) -> int:
     """Write `tensors`, which come in the order of `outline` (name → dtype, shape), and return their bytes.
 

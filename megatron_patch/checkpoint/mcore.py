@@ -57,6 +57,11 @@ class McoreSource:
         """The type of most tensors."""
         return Counter(tensor.dtype for tensor in self.ranks[0].values()).most_common(1)[0][0]
 
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """How many ranks it is cut into."""
+        return {"tp": len(self.ranks)}
+
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same on every rank."""
         return self.ranks[0][entry.mcore].dtype

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import CONFIG, ENTRIES, hf_tensors, write_directory
 
-from megatron_patch.checkpoint.hf import open_hf, write_hf
+from megatron_patch.checkpoint.hf import open_hf, write_safetensors
 from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.families.mistral import MISTRAL
 
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 def write_sharded(directory, tensors, shard_bytes):
     directory.mkdir()
     outline = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_hf(directory, outline, tensors.values(), shard_bytes)
+    return write_safetensors(directory, outline, tensors.values(), shard_bytes)
 
 
 def open_it(directory, config=CONFIG):
@@ -136,5 +136,5 @@ def test_an_old_rotary_buffer_is_ignored(tmp_path):
 
 
 def test_a_directory_without_a_checkpoint_says_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors .* nor latest_checkpointed_iteration.txt"):
+    with pytest.raises(FileNotFoundError, match=r"none of model.safetensors .*, latest_checkpointed_iteration.txt"):
         open_it(tmp_path)

@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import stat
@@ -66,7 +65,7 @@ def test_resharding_needs_no_detour(source, tmp_path):
 
 
 def test_several_shards_come_back_too(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "write_hf", functools.partial(hf.write_hf, shard_bytes=2000))
+    monkeypatch.setattr(hf, "SHARD_BYTES", 2000)
     assert run(source, tmp_path / "sharded", "--format", "hf") == 0
     assert (tmp_path / "sharded" / hf.INDEX).is_file()
     assert_equal_tensors(tensors_of(tmp_path / "sharded"), hf_tensors())
@@ -136,8 +135,7 @@ def test_one_closing_line_and_no_progress_bar_in_a_log(source, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("new", ["--pp", "2"], "--pp is 2; only 1 is built so far"),
-        ("new", ["--tp", "0"], "--tp is 0; it must be at least 1"),
+        ("new", ["--tp", "0"], "--tp: 0 is not a count; it must be at least 1"),
         ("hf", [], "lies inside SRC"),
         ("hf/inner", ["--overwrite"], "lies inside SRC"),
         (".", ["--overwrite"], "lies inside DST"),
@@ -212,12 +210,14 @@ def test_a_model_size_of_another_shape_is_an_error(source, tmp_path, capsys):
     assert "num_hidden_layers is 2" in (error := capsys.readouterr().err) and "32 in MODEL_SIZE 7B" in error
 
 
-def test_a_tp_that_an_hf_target_ignores_is_said_once(source, tmp_path, capsys):
+def test_a_layout_argument_describes_the_source_of_an_uncut_target(source, tmp_path, capsys):
     run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2)
     capsys.readouterr()
-    run(tmp_path / "mcore", tmp_path / "same", "--format", "hf", "--tp", 2)
+    assert run(tmp_path / "mcore", tmp_path / "same", "--format", "hf", "--tp", 2) == 0
     assert capsys.readouterr().err == ""
-    run(tmp_path / "mcore", tmp_path / "other", "--format", "hf", "--tp", 4)
+    assert run(tmp_path / "mcore", tmp_path / "other", "--format", "hf", "--tp", 4) == 1
+    assert "--tp is 4, but SRC is mcore release, tp 2" in capsys.readouterr().err
+    assert run(source, tmp_path / "copy", "--format", "hf", "--tp", 4) == 0
     assert capsys.readouterr().err.startswith("warning: --tp 4 has no effect")
 
 

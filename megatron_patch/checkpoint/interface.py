@@ -1,0 +1,84 @@
+"""What every checkpoint format offers and is asked for: a Source to read, a Target to write, a Format to list."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_patch.config.model import ModelConfig
+from megatron_patch.families.manifest import Entry
+
+
+class Source(Protocol):
+    """An open checkpoint. Names, shapes and types were held against the manifest when it was opened."""
+
+    format: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most tensors."""
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """How it is cut, by Target's names (`tp`, `pp` …); empty where tensors are whole."""
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """The type that `read` returns."""
+
+    def read(self, entry: Entry) -> Tensor:
+        """The full mcore tensor, `entry.shape`, without padding; possibly a view of mapped pages, never changed.
+
+        Several threads may read at once.
+        """
+
+    def describe(self) -> str:
+        """One phrase for the log: format, layout, type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The layout to write. A format reads the fields it lists in `Format.options`, and no other."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int | None = None  # tensor-parallel size of experts; None: as tp
+    vp: int = 1  # virtual chunks of a pipeline stage
+    first_stage_layers: int | None = None  # None: as many as the other stages
+    transformer_impl: str = "te"  # te | local: parameter names
+    experts: str = "sequential"  # sequential | grouped
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor-parallel size of experts."""
+        return self.tp if self.etp is None else self.etp
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer wrote: tensors (one cut over ranks counts once) and their bytes over all files."""
+
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to lay a checkpoint out on disk, in both directions.
+
+    `holds(directory)` says cheaply whether the files are this format's. `open(directory, entries, config)` checks them
+    against the manifest. `check(entries, config, target)` raises ValueError for a layout that cannot be written,
+    before anything is. `write(directory, entries, config, source, target)` fills an existing directory that nobody
+    looks into yet, and reads every entry once.
+    """
+
+    name: str
+    marker: str  # the files that give it away, for the message that nothing was found
+    holds: Callable[[Path], bool]
+    open: Callable[[Path, list[Entry], ModelConfig], Source]
+    check: Callable[[list[Entry], ModelConfig, Target], None]
+    write: Callable[[Path, list[Entry], ModelConfig, Source, Target], Written]
+    options: frozenset[str] = frozenset()
