@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.model.decoder import GPTModel
+from megatron_patch.model.router import TopKRouter
 from megatron_patch.parallel.mesh import Mesh
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,6 +30,10 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, precision: str, m
 def _shard(model: GPTModel, devices: DeviceMesh, precision: str) -> None:
     mixed = {"param_dtype": DTYPES[precision], "reduce_dtype": torch.float32} if precision != "fp32" else {}
     policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)  # rotary tables stay float32
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)  # which expert is the best must not hang on rounded weights
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            fully_shard(module, mesh=devices, mp_policy=exact, reshard_after_forward=False)
     layers: list[nn.Module] = [*model.decoder.layers, model]
     for module in layers:
         fully_shard(module, mesh=devices, mp_policy=policy, reshard_after_forward=False)

@@ -8,24 +8,38 @@ from megatron_patch.model.attention import SelfAttention
 from megatron_patch.model.embedding import VocabParallelEmbedding, padded_vocabulary
 from megatron_patch.model.linear import ColumnLinear, enter
 from megatron_patch.model.loss import vocab_parallel_cross_entropy
+from megatron_patch.model.mla import MLASelfAttention
 from megatron_patch.model.mlp import MLP
+from megatron_patch.model.moe import MoE
 from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rope import rotary_tables
 from megatron_patch.parallel.mesh import Axis
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP or experts, each added to the residual stream.
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    A norm stands here, and not in the linear layer after it, where several layers read what it normalised.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, tp: Axis, sequence_parallel: bool):
         super().__init__()
-        self.self_attention = SelfAttention(config, tp, sequence_parallel)
-        self.mlp = MLP(config, tp, sequence_parallel)
+        self.input_layernorm = self.pre_mlp_layernorm = nn.Identity()
+        if config.is_mla:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            self.self_attention = MLASelfAttention(config, tp)
+        else:
+            self.self_attention = SelfAttention(config, tp, sequence_parallel)
+        if config.is_moe_layer(layer):
+            self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            self.mlp = MoE(config, tp)
+        else:
+            self.mlp = MLP(config, tp, sequence_parallel)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""
-        x = x + self.self_attention(x, rotary)
-        return x + self.mlp(x)
+        x = x + self.self_attention(self.input_layernorm(x), rotary)
+        return x + self.mlp(self.pre_mlp_layernorm(x))
 
 
 class Embedding(nn.Module):
@@ -41,7 +55,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
         super().__init__()
-        self.layers = nn.ModuleList(TransformerLayer(config, tp, sequence_parallel) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, layer, tp, sequence_parallel) for layer in range(config.num_layers)
+        )
         self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -66,7 +82,7 @@ class GPTModel(nn.Module):
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Loss per token [B, S], float32; without labels this rank's logits [B, S, V/tp]."""
         tokens_SB = tokens_BS.t().contiguous()
-        rotary = rotary_tables(len(tokens_SB), self.config.kv_channels, self.config.rotary_base, tokens_BS.device)
+        rotary = rotary_tables(self.config, len(tokens_SB), tokens_BS.device)
         logits = self._logits(self.decoder(self.embedding.word_embeddings(tokens_SB), rotary))
         if labels_BS is None:
             return logits.transpose(0, 1)

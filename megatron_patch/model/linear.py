@@ -26,19 +26,27 @@ def leave(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
 class ColumnLinear(nn.Linear):
     """Each rank computes `out_features / tp` of the outputs."""
 
-    def __init__(self, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool):
-        super().__init__(in_features, out_features // tp.size, bias=False)
+    def __init__(self, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool, bias: bool = False):
+        super().__init__(in_features, out_features // tp.size, bias)
         self.tp, self.sequence_parallel = tp, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter(x, self.tp, self.sequence_parallel), self.weight)
+        return F.linear(enter(x, self.tp, self.sequence_parallel), self.weight, self.bias)
 
 
 class LayerNormColumnLinear(ColumnLinear):
     """A column layer that first normalises its input, on the sequence shard."""
 
-    def __init__(self, in_features: int, out_features: int, epsilon: float, tp: Axis, sequence_parallel: bool):
-        super().__init__(in_features, out_features, tp, sequence_parallel)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        epsilon: float,
+        tp: Axis,
+        sequence_parallel: bool,
+        bias: bool = False,
+    ):
+        super().__init__(in_features, out_features, tp, sequence_parallel, bias)
         self.epsilon = epsilon
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
 

@@ -40,10 +40,14 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return out
+        return swiglu_gradient(*ctx.saved_tensors, grad)
+
+
+def swiglu_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient [..., 2F] of x, given that [..., F] of silu(gate) · up."""
+    gate, up = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    return out

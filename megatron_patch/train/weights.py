@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.parallel.mesh import Axis
+from megatron_patch.train.parameters import parameter_name
 
 
 class Source(Protocol):
@@ -34,24 +36,51 @@ class RandomWeights:
     seed: int
 
     def read(self, entry: Entry) -> Tensor:
-        """Draw `entry`; norms are ones."""
+        """Draw `entry`; norms are ones, biases zeros."""
         if len(entry.shape) == 1:
-            return torch.ones(entry.shape)
+            return torch.full(entry.shape, 0.0 if entry.mcore.endswith(".bias") else 1.0)
         std = self.config.init_method_std
         if entry.shard == "row":
             std /= math.sqrt(2 * self.config.num_layers)
-        generator = torch.Generator().manual_seed(self.seed + self.entries.index(entry))
+        generator = torch.Generator().manual_seed(self.seed + self._numbers[entry.mcore])
         return torch.empty(entry.shape).normal_(0, std, generator=generator)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {entry.mcore: number for number, entry in enumerate(self.entries)}
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, entries: Iterable[Entry], source: Source, tp: Axis) -> None:
-    """Fill every parameter of `model` with this rank's piece, one tensor at a time."""
+    """Fill every parameter of `model` with this rank's piece, one tensor at a time; experts elsewhere are not read."""
     parameters = dict(model.named_parameters())
+    filled: dict[str, int] = dict.fromkeys(parameters, 0)
     for entry in entries:
-        parameter = parameters.pop(entry.mcore)
-        piece = cut(entry, source.read(entry), tp.rank, tp.size).to(parameter.device, parameter.dtype)
-        if isinstance(parameter, DTensor):
-            piece = distribute_tensor(piece, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(piece)
-    assert not parameters, f"the manifest has no entry for {sorted(parameters)}"
+        name = parameter_name(entry)
+        filled[name] += 1
+        if entry.expert is None:
+            _fill(parameters[name], cut(entry, source.read(entry), tp.rank, tp.size))
+        elif (slot := _expert_slot(parameters[name], entry.expert)) is not None:
+            slot.copy_(cut(entry, source.read(entry), tp.rank, tp.size))
+    lacking = [name for name, count in filled.items() if count != _parts(parameters[name])]
+    assert not lacking, f"the manifest does not have exactly the entries of {lacking}"
+
+
+def _fill(parameter: Tensor, piece: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        piece = piece.to(parameter.device, parameter.dtype)
+        piece = distribute_tensor(piece, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(piece)
+
+
+def _expert_slot(parameter: Tensor, expert: int) -> Tensor | None:
+    """Where a rank keeps its part of `expert`; None where it keeps none."""
+    if not isinstance(parameter, DTensor):
+        return parameter[expert]
+    numbers = torch.arange(len(parameter), device=parameter.device)
+    held = distribute_tensor(numbers, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return parameter.to_local()[(held == expert).nonzero().item()] if expert in held else None
+
+
+def _parts(parameter: Tensor) -> int:
+    return len(parameter) if parameter.ndim == 3 else 1

@@ -1,0 +1,63 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are expanded from a small shared latent.
+
+Shapes: S sequence, B batch, H hidden, N heads; a query and a key head hold C channels without position and then P
+rotated ones, a value head V channels.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_patch.config.model import ModelConfig
+from megatron_patch.model.attention import core_attention
+from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear
+from megatron_patch.model.rope import rotate, softmax_temperature
+from megatron_patch.parallel.mesh import Axis
+
+LATENT_EPSILON = 1e-6  # of the latents' norms, whatever the model's: transformers' modeling_deepseek_v2.py
+
+
+class MLASelfAttention(nn.Module):
+    """Queries, compressed or not; keys and values through one latent; rotated key channels that all heads share."""
+
+    def __init__(self, config: ModelConfig, tp: Axis):
+        super().__init__()
+        assert tp.size == 1, "latent attention is not distributed over tensor-parallel ranks"
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.plain, self.turned, self.value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
+        self.latent, self.interleaved, self.window = config.kv_lora_rank, config.rotary_interleaved, config.window_size
+        self.scale = softmax_temperature(config) / (self.plain + self.turned) ** 0.5
+        query = heads * (self.plain + self.turned)
+        if config.q_lora_rank is None:
+            self.linear_q_proj = ColumnLinear(hidden, query, tp, sequence_parallel=False)
+        else:
+            self.linear_q_down_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.linear_q_up_proj = LayerNormColumnLinear(
+                config.q_lora_rank, query, LATENT_EPSILON, tp, sequence_parallel=False
+            )
+        self.is_query_compressed = config.q_lora_rank is not None
+        self.linear_kv_down_proj = nn.Linear(hidden, self.latent + self.turned, bias=False)
+        self.linear_kv_up_proj = LayerNormColumnLinear(
+            self.latent, heads * (self.plain + self.value), LATENT_EPSILON, tp, sequence_parallel=False
+        )
+        self.linear_proj = RowLinear(heads * self.value, hidden, tp, sequence_parallel=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """x [S, B, H], normalised → the same shape."""
+        q = self.linear_q_up_proj(self.linear_q_down_proj(x)) if self.is_query_compressed else self.linear_q_proj(x)
+        q_SBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
+        k_SBND, v_SBND = self._expand(self.linear_kv_down_proj(x), rotary)
+        q_BNSD, k_BNSD, v_BNSD = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBND))
+        out_BNSV = core_attention(q_BNSD, k_BNSD, v_BNSD, self.window, self.scale)[..., : self.value]
+        return self.linear_proj(out_BNSV.permute(2, 0, 1, 3).flatten(2))
+
+    def _expand(self, compressed: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys [S, B, N, C + P] and values [S, B, N, at least C + P] of all heads.
+
+        Values get channels of zeros: fused attention wants heads of one width, and the plain one holds S × S scores.
+        """
+        latent, k_SBP = compressed.split([self.latent, self.turned], dim=-1)
+        kv_SBND = self.linear_kv_up_proj(latent).unflatten(-1, (-1, self.plain + self.value))
+        k_SBNC, v_SBNV = kv_SBND.split([self.plain, self.value], dim=-1)
+        k_SBNP = rotate(k_SBP, rotary, self.interleaved).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
+        return torch.cat([k_SBNC, k_SBNP], dim=-1), F.pad(v_SBNV, (0, max(self.plain + self.turned - self.value, 0)))
