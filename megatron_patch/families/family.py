@@ -6,26 +6,34 @@ neither adds a per-family branch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from megatron_patch.config.model import ModelConfig
 
+# What a value may be, by field; bool is no number here.
+TYPES = {item.name: get_args(item.type) or (item.type,) for item in fields(ModelConfig)}
+
 # Settings whose absence is a meaning: a null in config.json switches them off.
-OPTIONAL = frozenset(item.name for item in fields(ModelConfig) if item.default is None)
+OPTIONAL = frozenset(name for name, types in TYPES.items() if type(None) in types)
 
 
 @dataclass(frozen=True)
 class Key:
     """One ModelConfig field as a Hugging Face `config.json` spells it.
 
-    `hf` lists the spellings, newest last; a dot descends (`rope_parameters.rope_theta`). `default` is what
-    transformers assumes when no spelling is present, `of_config` computes it from the file where it depends on it.
+    `hf` lists the spellings, the one we write first; a dot descends (`rope_parameters.rope_theta`). Without spellings
+    the family has one value, `default` or `of_config`. `default` is what transformers assumes when no spelling is
+    present, `of_config` computes it from the file. `read` turns the file's value (or default) into the field's where
+    they differ, `write` turns the field back.
     """
 
     hf: tuple[str, ...]
     default: Any = None
     of_config: Callable[[Mapping[str, Any]], Any] | None = None
     is_shape: bool = False  # a preset that disagrees cannot describe these weights
+    read: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    write: Callable[[ModelConfig], Any] | None = None
+    only_when: tuple[str, tuple[Any, ...]] | None = None  # (an earlier field, its values that give this one a meaning)
 
     @property
     def is_required(self) -> bool:
@@ -33,26 +41,33 @@ class Key:
         return self.default is None and self.of_config is None
 
     def found(self, hf: Mapping[str, Any]) -> Any:
-        """The value that `hf` holds; None where it holds none."""
-        values = [value for name in self.hf if (value := _descend(hf, name)) is not None]
-        return values[-1] if values else None
+        """The value that `hf` holds; None where it holds none. Raises ValueError when two spellings disagree."""
+        held = {name: value for name in self.hf if (value := _descend(hf, name)) is not None}
+        if len(set(map(repr, held.values()))) > 1:
+            spelled = " and ".join(f"{name} is {value!r}" for name, value in held.items())
+            raise ValueError(f"config.json: {spelled}; they are one setting, so remove the wrong one")
+        return next(iter(held.values()), None)
 
-    def read(self, hf: Mapping[str, Any]) -> Any:
-        """The value in `hf`, or the default."""
-        found = self.found(hf)
-        if found is not None:
-            return found
-        if any(name in hf for name in self.hf):  # an explicit null switches the feature off
-            return self.of_config(hf) if self.of_config else None
-        return self.of_config(hf) if self.of_config else self.default
+    def resolve(self, hf: Mapping[str, Any]) -> Any:
+        """The field's value: as found in `hf`, or the default."""
+        value = self.found(hf)
+        if value is None:
+            is_null = any(name in hf for name in self.hf)  # an explicit null switches the feature off
+            is_computed = self.of_config is not None and (is_null or self.default is None)
+            value = self.of_config(hf) if is_computed else None if is_null else self.default
+        return self.read(value, hf) if self.read and value is not None else value
+
+    def is_used(self, values: Mapping[str, Any]) -> bool:
+        """Whether a model with these field `values` has this setting at all."""
+        return self.only_when is None or values[self.only_when[0]] in self.only_when[1]
 
 
 @dataclass(frozen=True)
 class Rule:
     """One mcore parameter and the Hugging Face tensors it is made of.
 
-    `{l}` is the layer. `layout` says how the parts become one tensor, `shard` where tensor parallelism cuts it,
-    `shape` its full size without vocabulary padding.
+    `{l}` is the layer, `{e}` the routed expert. `layout` says how the parts become one tensor, `shard` where tensor
+    parallelism cuts it, `shape` its full size without vocabulary padding, `layers` which layers have it.
     """
 
     mcore: str
@@ -60,47 +75,76 @@ class Rule:
     shape: Callable[[ModelConfig], tuple[int, ...]]
     layout: str = "copy"  # copy | qkv | gate_up
     shard: str | None = None  # None (replicated) | column | row | vocab (column, rows padded to divide)
+    layers: str = "all"  # all | dense | moe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A page of data about one architecture.
 
-    `expects` lists config values that change the mathematics and have only one supported value; `prompt_type` names
-    the template of fine-tuning records when the tokenizer brings none.
+    `expects` lists config values that change the mathematics and the ones supported (of a list, each element);
+    `extras` are keys of a written `config.json` that no field stands for; `prompt_type` names the template of
+    fine-tuning records when the tokenizer brings none.
     """
 
     name: str
     architecture: str  # config.json: architectures[0]
+    model_type: str  # config.json: model_type
     keys: dict[str, Key]
     rules: Callable[[ModelConfig], list[Rule]]
     sizes: dict[str, dict[str, Any]]  # config.json fragments
     expects: dict[str, tuple[Any, ...]]
     prompt_type: str
+    extras: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
     def config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json` (or a size). Raises ValueError for a missing key or an unsupported value."""
         for name, allowed in self.expects.items():
             value = _descend(hf, name)
-            if value is not None and value not in allowed:
+            if value is not None and not _is_among(value, allowed):
                 raise ValueError(f"config.json: {name} is {value!r}; {self.name} supports {_listed(allowed)}")
-        missing = [key.hf[0] for key in self.keys.values() if key.is_required and key.read(hf) is None]
-        if missing:
-            raise ValueError(f"config.json: {', '.join(missing)} missing; {self.name} cannot be sized without")
-        for key in self.keys.values():
-            value = key.found(hf)
-            if value is not None and not isinstance(value, int | float):
-                raise ValueError(f"config.json: {key.hf[0]} is {value!r}; a number is needed")
-        values = {field: key.read(hf) for field, key in self.keys.items()}
-        null = [key.hf[0] for field, key in self.keys.items() if values[field] is None and field not in OPTIONAL]
-        if null:
-            raise ValueError(f"config.json: {', '.join(null)} is null; {self.name} needs a value")
-        return ModelConfig(**values)
+        for field, key in self.keys.items():
+            _check_type(field, key, key.found(hf))
+        always = [key for key in self.keys.values() if key.is_required and key.only_when is None]
+        self._check_given([key for key in always if key.found(hf) is None])
+        values: dict[str, Any] = {}
+        for field, key in self.keys.items():
+            if key.is_used(values):
+                values[field] = key.resolve(hf)
+        nulls = [field for field, value in values.items() if value is None]
+        self._check_given([self.keys[f] for f in nulls if f not in OPTIONAL or self.keys[f].is_required])
+        return ModelConfig(**{field: float(v) if TYPES[field] == (float,) else v for field, v in values.items()})
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
-        """The `config.json` of weights that started here, in the spelling every transformers release reads."""
-        keys = {key.hf[0]: getattr(config, field) for field, key in self.keys.items()}
-        return {"architectures": [self.architecture], "model_type": self.name, "torch_dtype": dtype, **keys}
+        """The `config.json` of weights that started here, in the spelling every transformers release reads.
+
+        Raises ValueError when two fields that the file has one key for differ.
+        """
+        hf: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "torch_dtype": dtype,
+            **self.extras(config),
+        }
+        for field, key in self.keys.items():
+            value = key.write(config) if key.write else getattr(config, field)
+            is_inside = any("." in name for name in key.hf[:1])
+            if key.hf and key.is_used(vars(config)) and (value is not None or not is_inside):
+                _place(hf, key.hf[0], value)
+        return hf
+
+    def _check_given(self, lacking: list[Key]) -> None:
+        if lacking:
+            names = ", ".join(key.hf[0] for key in lacking)
+            raise ValueError(f"config.json: {names} missing or null; {self.name} needs a value")
+
+
+def _check_type(field: str, key: Key, value: Any) -> None:
+    wanted = next(kind for kind in TYPES[field] if kind is not type(None))
+    kinds = (int, float) if wanted is float else (wanted,)
+    if value is not None and type(value) not in kinds:
+        noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[wanted]
+        raise ValueError(f"config.json: {key.hf[0]} is {value!r}; {noun} is needed")
 
 
 def _descend(hf: Mapping[str, Any], name: str) -> Any:
@@ -110,6 +154,19 @@ def _descend(hf: Mapping[str, Any], name: str) -> Any:
             return None
         value = value[part]
     return value
+
+
+def _place(hf: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        hf = hf.setdefault(part, {})
+    if hf.get(last, value) != value:
+        raise ValueError(f"config.json has one {name} for settings that differ here: {hf[last]!r} and {value!r}")
+    hf[last] = value
+
+
+def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return value in allowed or (isinstance(value, list) and value != [] and all(item in allowed for item in value))
 
 
 def _listed(values: tuple[Any, ...]) -> str:

@@ -3,11 +3,11 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.family import Family
+from megatron_patch.families.family import Family, Rule
 
 # Buffers that old checkpoints stored and no model needs.
 IGNORED_HF = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -15,7 +15,7 @@ IGNORED_HF = re.compile(r"\.rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: `mcore` carries the global layer index, `shape` is full and without vocabulary padding."""
+    """One parameter, by global layer and routed expert; `shape` is full and without vocabulary padding."""
 
     mcore: str
     hf: tuple[str, ...]
@@ -23,31 +23,48 @@ class Entry:
     shard: str | None
     shape: tuple[int, ...]
     layer: int | None
+    expert: int | None = None
 
 
 def manifest(family: Family, config: ModelConfig) -> list[Entry]:
-    """One entry per parameter of `config`, model-wide ones first, then layer by layer."""
+    """One entry per parameter of `config`, model-wide ones first, then layer by layer, experts in order."""
     rules = family.rules(config)
-    everywhere = [rule for rule in rules if "{l}" not in rule.mcore]
+    entries = [entry for rule in rules if "{l}" not in rule.mcore for entry in _entries(rule, config, None)]
     per_layer = [rule for rule in rules if "{l}" in rule.mcore]
-    places = [(rule, None) for rule in everywhere]
-    places += [(rule, layer) for layer in range(config.num_layers) for rule in per_layer]
-    return [
-        Entry(
-            mcore=rule.mcore.format(l=layer),
-            hf=tuple(name.format(l=layer) for name in rule.hf),
+    for layer in range(config.num_layers):
+        kinds = ("all", "moe" if config.is_moe_layer(layer) else "dense")
+        entries += [e for rule in per_layer if rule.layers in kinds for e in _entries(rule, config, layer)]
+    return entries
+
+
+def _entries(rule: Rule, config: ModelConfig, layer: int | None) -> Iterator[Entry]:
+    """What `rule` is in `layer`: one entry, or one per routed expert."""
+    shape = rule.shape(config)
+    for expert in range(config.num_moe_experts) if "{e}" in rule.mcore else (None,):
+        yield Entry(
+            mcore=rule.mcore.format(l=layer, e=expert),
+            hf=tuple(name.format(l=layer, e=expert) for name in rule.hf),
             layout=rule.layout,
             shard=rule.shard,
-            shape=rule.shape(config),
+            shape=shape,
             layer=layer,
+            expert=expert,
         )
-        for rule, layer in places
-    ]
 
 
 def parameter_count(family: Family, config: ModelConfig) -> int:
     """Exact number of parameters, vocabulary padding not counted."""
-    return sum(math.prod(entry.shape) for entry in manifest(family, config))
+    return _elements(manifest(family, config))
+
+
+def active_parameter_count(family: Family, config: ModelConfig) -> int:
+    """Exact number of parameters that one token passes through."""
+    chosen = config.moe_router_topk
+    return _elements(e for e in manifest(family, config) if e.expert is None or e.expert < chosen)
+
+
+def _elements(entries: Iterable[Entry]) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)
 
 
 def check_complete(wanted: Iterable[str], found: Iterable[str], where: str) -> None:

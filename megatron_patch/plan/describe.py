@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.family import Family
-from megatron_patch.families.manifest import manifest, parameter_count
+from megatron_patch.families.manifest import active_parameter_count, manifest, parameter_count
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.schedule import schedule
@@ -15,12 +15,11 @@ UNKNOWN_MEMORY = "memory of activations is not estimated"
 
 def describe(run: RunConfig, family: Family, grid: Grid) -> dict[str, Any]:
     """Sections `model`, `parallel`, `schedule`, `memory` (bytes per device), `output`. `run` has passed its checks."""
-    parameters = parameter_count(family, run.model)
     return {
         "model": {
             "family": family.name,
-            "parameters": parameters,
-            "active_parameters": parameters,
+            "parameters": parameter_count(family, run.model),
+            "active_parameters": active_parameter_count(family, run.model),
             **asdict(run.model),
             "precision": run.precision,
         },
