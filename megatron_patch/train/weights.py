@@ -21,6 +21,9 @@ class Source(Protocol):
     def read(self, entry: Entry) -> Tensor:
         """The whole tensor, of shape `entry.shape`."""
 
+    def describe(self) -> str:
+        """One phrase for the log."""
+
 
 @dataclass(frozen=True)
 class RandomWeights:
@@ -42,6 +45,10 @@ class RandomWeights:
             std /= math.sqrt(2 * self.config.num_layers)
         generator = torch.Generator().manual_seed(self.seed + self.entries.index(entry))
         return torch.empty(entry.shape).normal_(0, std, generator=generator)
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        return f"random weights (seed {self.seed})"
 
 
 @torch.no_grad()
