@@ -28,7 +28,7 @@ def complete(directory: Path, prompts: list[str], new_tokens: int) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     written = []
     for prompt in prompts:
-        tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        tokens = tokenizer(prompt, return_tensors="pt")  # with BOS, as fine-tuning tokenised its records
         ids = model.generate(
             **tokens,
             max_new_tokens=new_tokens,

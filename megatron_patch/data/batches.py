@@ -83,10 +83,11 @@ class Batches:
         samples = [self.dataset[self.order(position)] for position in positions]
         tokens, labels, loss_mask = (np.stack(part) for part in zip(*samples, strict=True))
         highest = max(int(tokens.max()), int(labels.max()))
-        if highest >= self.vocabulary:
+        lowest = min(int(tokens.min()), int(labels.min()))
+        if highest >= self.vocabulary or lowest < 0:
             raise ValueError(
-                f"the dataset holds token {highest}, but the tokenizer's ids end at {self.vocabulary - 1}; "
-                "preprocess the data with the tokenizer that belongs to this model"
+                f"the dataset holds token {lowest if lowest < 0 else highest}, but the tokenizer's ids are 0 to "
+                f"{self.vocabulary - 1}; preprocess the data with the tokenizer that belongs to this model"
             )
         return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)))
 

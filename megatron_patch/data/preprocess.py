@@ -79,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     seconds = time.perf_counter() - started
     for report in reports:
-        print(f"{report.prefix}: {report.documents} documents, {report.tokens} tokens ({report.dtype})")
-    print(f"{seconds:.1f} s, {sum(report.tokens for report in reports) / seconds:,.0f} tokens/s")
+        print(f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
+    tokens = sum(report.tokens for report in reports)
+    print(f"{reports[0].documents:,} lines, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
     return 0
 
 

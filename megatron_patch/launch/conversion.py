@@ -18,7 +18,7 @@ def plan(request: Request) -> dict[str, Any]:
     check_options(request.options, OPTIONS)
     v = request.values
     source, target, assets = v["SOURCE_CKPT_PATH"], v["TARGET_CKPT_PATH"], v["HG_CKPT_PATH"]
-    has_assets = v["mg2hf"] or Path(assets).absolute() != Path(source).absolute()
+    has_assets = Path(assets).absolute() != Path(source).absolute()
     resolved, absent = resolve_size(request, assets if has_assets else source)
     is_replaced = "--overwrite" in request.options
     obstacles = absent + present_obstacles(

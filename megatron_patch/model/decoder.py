@@ -87,7 +87,7 @@ class GPTModel(nn.Module):
         if labels_BS is None:
             return logits.transpose(0, 1)
         loss_SB = vocab_parallel_cross_entropy(logits, labels_BS.t(), self.tp, self.config.vocab_size)
-        return loss_SB.t().contiguous()  # FSDP hooks what is returned, and a view may lose its hook
+        return loss_SB.t().clone()  # FSDP hooks what is returned, and a view may lose its hook
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.config.share_embeddings_and_output_weights:

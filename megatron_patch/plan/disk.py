@@ -8,9 +8,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import read_header
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import parse_split, split_range
-
-TRACKER = "latest_checkpointed_iteration.txt"
-WEIGHTS = (TRACKER, "model.safetensors", "model.safetensors.index.json")
+from megatron_patch.plan.weights import TRACKER, check_weights
 
 
 def look(run: RunConfig) -> tuple[list[str], list[str]]:
@@ -57,15 +55,13 @@ def check_validation_data(run: RunConfig) -> None:
 
 
 def check_checkpoint(run: RunConfig) -> None:
-    """Raise unless the directory to load holds a Megatron tracker file or Hugging Face weights."""
+    """Raise unless the directory to load holds whole weights."""
     load = run.checkpoint.load
     if load is None:
         return
-    directory = Path(load)
-    if not directory.is_dir():
+    if not Path(load).is_dir():
         raise FileNotFoundError(f"checkpoint directory {load!r} does not exist")
-    if not any((directory / name).exists() for name in WEIGHTS):
-        raise FileNotFoundError(f"checkpoint directory {load!r} holds none of {', '.join(WEIGHTS)}")
+    check_weights(Path(load))
 
 
 def check_tokenizer(run: RunConfig) -> None:
@@ -80,6 +76,8 @@ def check_output(run: RunConfig) -> None:
     for path in (run.checkpoint.save, run.tensorboard_dir, run.log_file):
         if path is not None:
             check_writable(path)
+    if run.checkpoint.load and Path(run.checkpoint.load).resolve() == Path(run.checkpoint.save).resolve():
+        raise FileExistsError(f"{run.checkpoint.save} is where the run starts from; name another OUTPUT_BASEPATH")
     if (Path(run.checkpoint.save) / TRACKER).exists() and not run.checkpoint.overwrite:
         raise FileExistsError(
             f"{run.checkpoint.save} already holds checkpoints, and weights alone cannot be continued yet; "

@@ -5,6 +5,7 @@ import sys
 
 import torch.distributed as dist
 
+from megatron_patch.config.checks import check
 from megatron_patch.config.flags import from_flags
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.mesh import build_mesh, start_process_group
@@ -16,6 +17,7 @@ def main(argv: list[str]) -> int:
     run = from_flags(argv)
     parallel = run.parallel
     try:
+        check(run, int(os.environ["WORLD_SIZE"]))
         grid = Grid(
             tp=parallel.tensor_model_parallel_size,
             cp=parallel.context_parallel_size,

@@ -23,12 +23,15 @@ from megatron_patch.train.weights import RandomWeights, Source, load_weights
 
 def train(run: RunConfig, mesh: Mesh) -> None:
     """From the start weights to the last checkpoint."""
-    log = Log(run, enabled=mesh.rank == 0)
     entries = manifest(ALL[run.family], run.model)
     training, validation = _batches(run, mesh)
     model = build_model(run.model, run.parallel, run.precision, mesh)
-    load_weights(model, entries, _start_weights(run, entries, log), mesh.tp)
+    source = _start_weights(run, entries)
+    load_weights(model, entries, source, mesh.tp)
     optimizer = build_optimizer(run.optimizer, model)
+    log = Log(run, enabled=mesh.rank == 0)  # opens files: not before everything that can be refused was read
+    origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
+    log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
 
     with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
         log.before_training(evaluate(model, validation, mesh))
@@ -66,10 +69,7 @@ def _due(run: RunConfig, iteration: int, interval: int) -> bool:
     return iteration == run.train_iters or iteration % interval == 0
 
 
-def _start_weights(run: RunConfig, entries: list[Entry], log: Log) -> Source:
+def _start_weights(run: RunConfig, entries: list[Entry]) -> Source:
     if run.checkpoint.load is None:
-        log.say(f" starting from random weights (seed {run.data.seed})")
         return RandomWeights(run.model, entries, run.data.seed)
-    source = open_checkpoint(run.checkpoint.load, ALL[run.family], run.model)
-    log.say(f" starting from the weights in {run.checkpoint.load} ({source.describe()}) with a new optimizer")
-    return source
+    return open_checkpoint(run.checkpoint.load, ALL[run.family], run.model)

@@ -23,6 +23,9 @@ class Source(Protocol):
     def read(self, entry: Entry) -> Tensor:
         """The whole tensor, of shape `entry.shape`."""
 
+    def describe(self) -> str:
+        """One phrase for the log."""
+
 
 @dataclass(frozen=True)
 class RandomWeights:
@@ -44,6 +47,10 @@ class RandomWeights:
             std /= math.sqrt(2 * self.config.num_layers)
         generator = torch.Generator().manual_seed(self.seed + self._numbers[entry.mcore])
         return torch.empty(entry.shape).normal_(0, std, generator=generator)
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        return f"random weights (seed {self.seed})"
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

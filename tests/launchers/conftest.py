@@ -17,6 +17,7 @@ def environment(monkeypatch, tmp_path):
     def execv(path, argv):
         raise StartedError(argv)
 
+    monkeypatch.setattr("os.environ", os.environ.copy())
     for name in set(os.environ) - set(clean_environment()):
         monkeypatch.delenv(name)
     monkeypatch.setattr("os.execv", execv)

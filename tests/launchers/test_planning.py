@@ -39,18 +39,20 @@ def test_names_and_places_are_the_contracts(planned):
 
 def test_a_fine_tuning_has_its_own_name_and_reads_records(planned, monkeypatch):
     monkeypatch.setenv("MP_DATASET_TYPE", "raw")
-    plan = planned("mistral", RAW_FINE_TUNING)
+    plan = planned("mistral", changed(RAW_FINE_TUNING, PAD_LEN="64"))
     assert "/checkpoint/finetune-mcore-mistral-7B-" in plan["output"]["checkpoint"]
     assert plan["output"]["checkpoint"].endswith("-tp-1-pp-1-cp-1-ep-1-ac-none-do-true-sp-true-ti-10000-wi-100")
-    assert flags(plan).data.dataset == "JSON-SFT"
+    run = flags(plan)
+    assert (run.data.dataset, run.data.seq_length, run.data.max_padding_length) == ("JSON-SFT", 128, 64)
+    assert not run.parallel.sequence_parallel  # nothing to cut at TP 1
 
 
 def test_the_ranks_see_what_the_positionals_say(planned):
-    run = flags(planned("mistral", changed(PRETRAINING, FL="false", DO="false", PR="fp32", SAVE_INTERVAL="7")))
+    run = flags(planned("mistral", changed(PRETRAINING, FL="false", PR="fp32", SAVE_INTERVAL="7")))
     assert (run.micro_batch_size, run.global_batch_size, run.precision, run.use_flash_attn) == (1, 8, "fp32", False)
     assert (run.optimizer.lr, run.optimizer.min_lr, run.checkpoint.save_interval) == (1e-5, 1e-6, 7)
     assert run.parallel.tensor_model_parallel_size == 4
-    assert run.parallel.sequence_parallel and not run.parallel.use_distributed_optimizer
+    assert run.parallel.sequence_parallel and run.parallel.use_distributed_optimizer
     assert (run.model.num_layers, run.model.window_size, run.model.rotary_base) == (32, 4096, 10000.0)
 
 

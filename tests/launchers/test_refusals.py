@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from commands import (
 from megatron_patch.families import ALL
 from megatron_patch.launch import tables
 from megatron_patch.launch.__main__ import main
+from megatron_patch.launch.cluster import cores
 from megatron_patch.launch.positional import UsageError
 from megatron_patch.launch.tables import LAUNCHERS
 from megatron_patch.launch.unbuilt import check_built
@@ -196,7 +198,8 @@ def test_checkpoints_of_an_earlier_run_are_kept(refused, planned, monkeypatch, t
     start = tmp_path / "start"
     start.mkdir()
     (start / "config.json").write_bytes((GOLDEN / "Mistral-7B-v0.1" / "config.json").read_bytes())
-    for name in ("start/latest_checkpointed_iteration.txt", "train.json", "valid.json"):
+    (start / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # whole, with no tensor
+    for name in ("train.json", "valid.json"):
         (tmp_path / name).write_text("")
     paths = {"DATASET_PATH": "train.json", "VALID_DATASET_PATH": "valid.json", "PRETRAIN_CHECKPOINT_PATH": "start"}
     command = changed(RAW_FINE_TUNING, **paths, OUTPUT_BASEPATH=str(tmp_path))
@@ -207,6 +210,7 @@ def test_checkpoints_of_an_earlier_run_are_kept(refused, planned, monkeypatch, t
     assert f"{earlier} already holds checkpoints" in refused("mistral", command)
     with pytest.raises(StartedError):
         main(["mistral", *command, "--overwrite"])
+    assert os.environ["OMP_NUM_THREADS"] == str(cores())
 
 
 def test_a_shape_that_contradicts_the_size_is_refused_even_dry(refused, monkeypatch, tmp_path):

@@ -160,8 +160,9 @@ def test_an_empty_split_is_refused(config, tokenizer):
         validation_batches(shared, tokenizer, eval_iters=1, **SIZES, **ALONE)
 
 
-def test_data_of_another_tokenizer_is_refused(config, tokenizer, tmp_path):
-    with IndexedDatasetBuilder(tmp_path / "train", "uint16") as builder:
-        builder.add([1] * 30 + [600], [31], [1])
-    with pytest.raises(ValueError, match="holds token 600, but the tokenizer's ids end at 599"):
+@pytest.mark.parametrize("token", [600, -100], ids=["beyond the vocabulary", "a fine-tuning label"])
+def test_data_of_another_tokenizer_is_refused(config, tokenizer, tmp_path, token):
+    with IndexedDatasetBuilder(tmp_path / "train", "int32") as builder:
+        builder.add([1] * 30 + [token], [31], [1])
+    with pytest.raises(ValueError, match=f"holds token {token}, but the tokenizer's ids are 0 to 599"):
         list(training_batches(config, tokenizer, train_iters=9, **SIZES, **ALONE))

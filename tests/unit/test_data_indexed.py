@@ -92,6 +92,23 @@ def test_a_failed_writer_leaves_the_earlier_pair_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_interruption_between_the_two_files_leaves_no_mixed_pair(tmp_path, monkeypatch):
+    prefix = write(tmp_path / "x", [[[1]]], "uint16")
+    rename = Path.replace
+
+    def interrupted(path, target):
+        if str(target).endswith(".idx"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, [[[2]]], "uint16")
+    with pytest.raises(FileNotFoundError, match=r"x\.idx does not exist"):
+        read_header(prefix)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
 def test_counts_that_do_not_add_up_are_refused(tmp_path):
     with (
         pytest.raises(ValueError, match="3 tokens in sequences of 2"),

@@ -82,13 +82,16 @@ def test_the_command_reports_what_it_wrote(tmp_path, tokenizer_directory):
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"text": "b"\n', "line 2, column 13: Expecting"),
-        (b'{"text": "a"}\n\n{"body": "b"}\n', "line 3: no key 'text' among body"),
+        (b'{"text": "a"}\n  \n{"body": "b"}\n', "line 3: no key 'text' among body"),
         (b'{"text": 3}\n', "line 1: 'text' is neither text nor a list of texts"),
         (b'["text"]\n', "line 1: list instead of an object"),
         (b'{"text": "caf\xe9"}\n', "line 1, column 14: the byte 0xe9 is not UTF-8"),
     ],
 )
-def test_a_malformed_line_ends_the_command_and_leaves_nothing(content, message, tmp_path, tokenizer_directory, capsys):
+def test_a_malformed_line_ends_the_command_and_leaves_nothing(
+    content, message, tmp_path, tokenizer_directory, capsys, monkeypatch
+):
+    monkeypatch.setattr(module, "BYTES_PER_BATCH", 1)  # a batch per line
     source = tmp_path / "in.jsonl"
     source.write_bytes(content)
     options = ["--output-prefix", f"{tmp_path}/out", "--tokenizer-model", str(tokenizer_directory), "--workers", "1"]

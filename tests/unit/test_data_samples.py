@@ -1,5 +1,6 @@
 """Sample order of pre-training data, against vectors computed by Megatron-Core."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.blend import BlendedDataset, blend_indices, blended
-from megatron_patch.data.gpt import GPTDataset
+from megatron_patch.data.gpt import GPTDataset, build_indices
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.paths import Source, parse_blend
 from megatron_patch.data.splits import SPLITS, parse_split, split_range
 
+ORDERS = json.loads((Path(__file__).parents[1] / "golden" / "sample_orders.json").read_text())["orders"]
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "index.json").read_text())
 
 
@@ -59,6 +61,22 @@ def test_one_dataset_is_drawn_as_megatron_draws_it(case, split, corpora):
     assert first.tokens.tolist() == wanted["first_sample_tokens"]
     assert first.labels.tolist() == wanted["first_sample_labels"]
     assert first.loss_mask.tolist() == [1.0] * case["seq_length"]
+
+
+def digest(index):
+    return hashlib.sha256(index.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("case", ORDERS, ids=lambda case: f"{case['documents']}-{case['num_samples']}")
+def test_empty_documents_and_last_epochs_are_ordered_as_megatron_orders_them(case):
+    lengths = np.random.RandomState(case["lengths_seed"]).randint(0, case["longest"], case["documents"])
+    lengths[::5] = 0
+    order = {name: case[name] for name in ("num_samples", "seq_length", "seed")}
+    indices = build_indices(lengths.astype(np.int32), np.arange(len(lengths), dtype=np.int32), **order)
+    assert len(indices.shuffle) == case["len"]
+    assert digest(indices.documents) == case["document_index"]
+    assert digest(indices.samples) == case["sample_index"]
+    assert digest(indices.shuffle) == case["shuffle_index"]
 
 
 @pytest.mark.parametrize(("case", "split"), cases("blend"))

@@ -166,7 +166,7 @@ def test_a_split_that_leaves_one_side_empty_is_wrong(tmp_path):
 def prepare(tmp_path) -> None:
     write_dataset(tmp_path / "d", ENOUGH)
     (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "latest_checkpointed_iteration.txt").write_text("release")
+    (tmp_path / "start" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # whole, with no tensor
 
 
 def test_the_table_shows_every_setting_warning_and_the_command(tmp_path):
