@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.run import RunConfig
 
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
+
+GROUPED_MM_BYTES = 16  # torch.nn.functional.grouped_mm wants its strides to be multiples of it
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def check(run: RunConfig, world: int) -> None:
@@ -17,7 +21,9 @@ def check(run: RunConfig, world: int) -> None:
 def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
-    return out_of_range or _broken([*_division(run, world), *_optimization(run), *_inputs(run)])
+    return out_of_range or _broken(
+        [*_division(run, world), *_attention(run.model), *_experts(run), *_optimization(run), *_inputs(run)]
+    )
 
 
 def sample_length(run: RunConfig) -> int:
@@ -34,6 +40,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     at_least_one = (
         (model, "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"),
         (model, "max_position_embeddings" if model.window_size is None else "max_position_embeddings window_size"),
+        (model, _sizes_of_role(model)),
         (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         (parallel, "context_parallel_size expert_model_parallel_size"),
         (run.data, "seq_length max_padding_length"),
@@ -43,11 +50,13 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (run, "eval_iters"),
-        (model, "init_method_std"),
+        (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
+        (model, "moe_shared_expert_intermediate_size"),
         (run.data, "seed"),
     )
     above_zero = (
-        (model, "norm_epsilon rotary_base"),
+        (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
+        (model, "low_freq_factor high_freq_factor beta_fast beta_slow"),
         (optimizer, "adam_eps"),
         (parallel, "distributed_timeout_minutes"),
     )
@@ -57,6 +66,19 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     yield from _each(
         ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
     )
+
+
+def _sizes_of_role(model: ModelConfig) -> str:
+    """The sizes that this kind of attention and MLP must have, and another need not."""
+    names = []
+    if model.is_mla:
+        names += ["qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"]
+        names += ["q_lora_rank"] if model.q_lora_rank is not None else []
+    if model.num_moe_experts:
+        names += ["moe_router_topk", "moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk"]
+    if model.rope_type != "default" and model.original_max_position_embeddings is not None:
+        names += ["original_max_position_embeddings"]
+    return " ".join(names)
 
 
 def _each(fields: Iterable[tuple[object, str]], holds: Callable[[float], bool], must: str) -> Iterator[Rule]:
@@ -81,7 +103,6 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
         yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
-    yield model.kv_channels % 2 == 0, f"kv_channels {model.kv_channels} must be even: rotary positions pair channels"
     yield (
         not parallel.sequence_parallel or length % tp == 0,
         f"sequence_parallel cuts the {length} tokens of a sample into equal parts, and tensor_model_parallel_size {tp} "
@@ -103,6 +124,63 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         f"global_batch_size {run.global_batch_size} is not a multiple of micro_batch_size {run.micro_batch_size} × "
         f"{dp} data-parallel ranks",
     )
+
+
+def _attention(model: ModelConfig) -> Iterator[Rule]:
+    turned = "qk_pos_emb_head_dim" if model.is_mla else "kv_channels"
+    width = getattr(model, turned)
+    yield width % 2 == 0, f"{turned} {width} must be even: rotary positions pair channels"
+    yield (
+        model.rope_type == "default" or model.original_max_position_embeddings is not None,
+        f"rope_type {model.rope_type} needs original_max_position_embeddings, the context before it was stretched",
+    )
+    yield (
+        model.rope_type != "llama3" or model.low_freq_factor < model.high_freq_factor,
+        f"low_freq_factor {model.low_freq_factor} must be less than high_freq_factor {model.high_freq_factor}",
+    )
+    yield (
+        model.rope_type != "yarn" or model.beta_slow < model.beta_fast,
+        f"beta_slow {model.beta_slow} must be less than beta_fast {model.beta_fast}",
+    )
+
+
+def _experts(run: RunConfig) -> Iterator[Rule]:
+    model, tp = run.model, run.parallel.tensor_model_parallel_size
+    whole = [name for name, has in (("experts", model.num_moe_experts), ("latent attention", model.is_mla)) if has]
+    yield (
+        tp == 1 or not whole,
+        f"tensor_model_parallel_size {tp}: {' and '.join(whole)} cannot be cut over tensor-parallel ranks yet; use 1, "
+        "and more data-parallel ranks",
+    )
+    if not model.num_moe_experts:
+        return
+    experts, groups, chosen = model.num_moe_experts, model.moe_router_num_groups, model.moe_router_group_topk
+    yield (
+        model.moe_first_dense_layers < model.num_layers,
+        f"moe_first_dense_layers {model.moe_first_dense_layers} must be less than num_layers {model.num_layers}",
+    )
+    yield (
+        experts % groups == 0 and chosen <= groups,
+        f"moe_router_group_topk {chosen} of moe_router_num_groups {groups} with num_moe_experts {experts}: groups must "
+        "be equal, and no more be chosen than there are",
+    )
+    yield (
+        model.moe_router_topk <= experts // groups * chosen,
+        f"moe_router_topk {model.moe_router_topk} is more than the {experts // groups * chosen} experts that a token "
+        "may choose from",
+    )
+    yield (
+        model.moe_shared_expert_intermediate_size > 0 or not model.moe_shared_expert_gate,
+        "moe_shared_expert_gate needs moe_shared_expert_intermediate_size of at least 1",
+    )
+    step = GROUPED_MM_BYTES // ELEMENT_BYTES[run.precision]
+    for name in ("hidden_size", "moe_ffn_hidden_size"):
+        size = getattr(model, name)
+        yield (
+            size % step == 0,
+            f"{name} {size} is not a multiple of {step}: experts are multiplied in rows of whole {GROUPED_MM_BYTES} "
+            f"bytes, which precision {run.precision} fills with {step}",
+        )
 
 
 def _optimization(run: RunConfig) -> Iterator[Rule]:

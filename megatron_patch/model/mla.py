@@ -14,8 +14,6 @@ from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, Row
 from megatron_patch.model.rope import rotate, softmax_temperature
 from megatron_patch.parallel.mesh import Axis
 
-LATENT_EPSILON = 1e-6  # of the latents' norms, whatever the model's: transformers' modeling_deepseek_v2.py
-
 
 class MLASelfAttention(nn.Module):
     """Queries, compressed or not; keys and values through one latent; rotated key channels that all heads share."""
@@ -33,12 +31,12 @@ class MLASelfAttention(nn.Module):
         else:
             self.linear_q_down_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
             self.linear_q_up_proj = LayerNormColumnLinear(
-                config.q_lora_rank, query, LATENT_EPSILON, tp, sequence_parallel=False
+                config.q_lora_rank, query, config.norm_epsilon, tp, sequence_parallel=False
             )
         self.is_query_compressed = config.q_lora_rank is not None
         self.linear_kv_down_proj = nn.Linear(hidden, self.latent + self.turned, bias=False)
         self.linear_kv_up_proj = LayerNormColumnLinear(
-            self.latent, heads * (self.plain + self.value), LATENT_EPSILON, tp, sequence_parallel=False
+            self.latent, heads * (self.plain + self.value), config.norm_epsilon, tp, sequence_parallel=False
         )
         self.linear_proj = RowLinear(heads * self.value, hidden, tp, sequence_parallel=False)
 

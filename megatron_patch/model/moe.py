@@ -50,7 +50,7 @@ class SharedExperts(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts, each matrix of theirs in one parameter: one grouped product for all instead of E small ones."""
+    """All routed experts, each matrix of theirs in one parameter: one grouped product instead of E small ones."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

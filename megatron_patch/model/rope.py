@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), and how its frequencies are stretched to contexts longer than trained."""
+"""Rotary position embedding (arXiv:2104.09864), and how its frequencies are stretched to longer contexts."""
 
 import math
 
@@ -56,7 +56,7 @@ def _kept_llama3(config: ModelConfig, plain: Tensor) -> Tensor:
 
 
 def _kept_yarn(config: ModelConfig, plain: Tensor, dim: int) -> Tensor:
-    """Share of each frequency that is not scaled: linear between the channels that turn beta_fast and beta_slow times."""
+    """Share of each frequency that is not scaled: falls from the pair that turns beta_fast times to beta_slow."""
 
     def channel(turns: float) -> float:
         wavelength = config.original_max_position_embeddings / (turns * 2 * math.pi)

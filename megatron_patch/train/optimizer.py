@@ -10,6 +10,7 @@ from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Axis, Mesh
+from megatron_patch.train.parameters import parameter_name
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
@@ -54,7 +55,7 @@ def clip_gradients(model: nn.Module, entries: Iterable[Entry], mesh: Mesh, *, li
     Every element counts once: what tensor-parallel ranks replicate, or data-parallel ranks when not `sharded`,
     is not added up over them.
     """
-    shards = {entry.mcore: entry.shard for entry in entries}
+    shards = {parameter_name(entry): entry.shard for entry in entries}
     named = [(name, local(p.grad)) for name, p in model.named_parameters()]
     cut = _squared_norm([g for name, g in named if shards[name] is not None], mesh.device)
     whole = _squared_norm([g for name, g in named if shards[name] is None], mesh.device)

@@ -16,6 +16,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.model.build import DTYPES
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.parameters import entry_tensors
 
 
 def save_checkpoint(run: RunConfig, model: nn.Module, iteration: int, mesh: Mesh) -> None:
@@ -45,7 +46,7 @@ def write_companions(run: RunConfig, root: Path) -> None:
 
 @torch.no_grad()
 def tensor_parallel_weights(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
-    """This tensor-parallel rank's parameters in `dtype`, on the CPU, whole over data-parallel ranks.
+    """This tensor-parallel rank's tensors by manifest name, in `dtype`, on the CPU, whole over data-parallel ranks.
 
     Every data-parallel rank takes part; only those with `keep` hold the result.
     """
@@ -53,5 +54,5 @@ def tensor_parallel_weights(model: nn.Module, dtype: torch.dtype, *, keep: bool)
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            weights[name] = whole.to("cpu", dtype, copy=True)
+            weights |= {part: tensor.to("cpu", dtype, copy=True) for part, tensor in entry_tensors(name, whole)}
     return weights

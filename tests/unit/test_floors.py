@@ -138,7 +138,7 @@ def test_every_setting_changes_a_run():
     read = {
         node.attr
         for module, tree in MODULES.items()
-        if package_of(module) not in {"config", "plan", "launch"}
+        if package_of(module) not in {"config", "plan", "launch"} or module == "config/model.py"  # its properties
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
