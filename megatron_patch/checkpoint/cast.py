@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint.interface import Source
+from megatron_patch.checkpoint.interface import PartedSource, Source
 from megatron_patch.families.manifest import Entry
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,14 +33,33 @@ class Cast:
         """The same for all."""
         return self.dtype
 
+    def parts(self, entry: Entry) -> list[Tensor]:
+        """As stored: what rearranges rows rounds them on the way."""
+        return self.source.parts(entry) if isinstance(self.source, PartedSource) else [self.source.read(entry)]
+
+    def assemble(self, entry: Entry, parts: list[Tensor]) -> Tensor:
+        """The source's way."""
+        return self.source.assemble(entry, parts) if isinstance(self.source, PartedSource) else parts[0]
+
     def read(self, entry: Entry) -> Tensor:
         """The rounded tensor. Raises ValueError where a finite value leaves fp16's range."""
         tensor = self.source.read(entry)
-        result = tensor.to(self.dtype)
-        if self.dtype == torch.float16 and not torch.isfinite(result).all() and torch.isfinite(tensor).all():
-            raise ValueError(f"{entry.mcore} has values beyond fp16's 65504; keep the dtype or use bf16")
-        return result
+        rounded = tensor.to(self.dtype)
+        check_range(entry, rounded, was_rounded=tensor.dtype != self.dtype)
+        return rounded
 
     def describe(self) -> str:
         """The source's phrase, and the type it is seen in."""
         return f"{self.source.describe()} as {str(self.dtype).removeprefix('torch.')}"
+
+
+def check_range(entry: Entry, tensor: Tensor, *, was_rounded: bool) -> None:
+    """Raise ValueError where rounding to fp16 left its range. A finite sum, which is cheap, holds no infinity."""
+    may_overflow = was_rounded and tensor.dtype == torch.float16
+    if may_overflow and not torch.isfinite(tensor.sum()) and torch.isinf(tensor).any():
+        raise ValueError(f"{entry.mcore} has values beyond fp16's 65504; keep the dtype or use bf16")
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether a value is not a number. A sum that is a number, which is cheap, holds none."""
+    return bool(torch.isnan(tensor.sum())) and bool(torch.isnan(tensor).any())

@@ -1,10 +1,11 @@
 """Hugging Face checkpoint directories: safetensors read through their headers and written tensor by tensor."""
 
+import dataclasses
+import functools
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.layouts import merge, part_shapes, split
+from megatron_patch.checkpoint.stream import Piece, Place, fill
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
@@ -49,9 +52,17 @@ class HfSource:
         """The type of `entry`'s parts, which all have the same."""
         return self.dtypes[entry.hf[0]]
 
+    def parts(self, entry: Entry) -> list[Tensor]:
+        """The tensors on disk, in the order of `entry.hf`."""
+        return [self.files[name].get_tensor(name) for name in entry.hf]
+
+    def assemble(self, entry: Entry, parts: list[Tensor]) -> Tensor:
+        """Merged as the layout says."""
+        return merge(entry, parts, self.config)
+
     def read(self, entry: Entry) -> Tensor:
         """The full mcore tensor, `entry.shape`; its pages are the file's where nothing is reordered."""
-        return merge(entry, [self.files[name].get_tensor(name) for name in entry.hf], self.config)
+        return self.assemble(entry, self.parts(entry))
 
     def describe(self) -> str:
         """One phrase for the log."""
@@ -90,41 +101,31 @@ def check_hf_target(entries: list[Entry], config: ModelConfig, target: Target) -
 
 
 def write_hf(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
-    """Write every Hugging Face tensor, one entry in memory at a time; the layout of `target` has no meaning here.
+    """Write every Hugging Face tensor; the layout of `target` has no meaning here.
 
     One `model.safetensors`, or numbered files of at most SHARD_BYTES and their index.
     """
-    outline = {
-        name: (source.dtype_of(entry), shape)
+    pieces = {
+        name: Piece(entry, shape, functools.partial(_part, config=config, index=index))
         for entry in entries
-        for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True)
+        for index, (name, shape) in enumerate(zip(entry.hf, part_shapes(entry, config), strict=True))
     }
-    tensors = (part for entry in entries for part in split(entry, source.read(entry), config))
-    return Written(len(outline), write_safetensors(directory, outline, tensors, SHARD_BYTES))
-
-
-def write_safetensors(
-    directory: Path,
-    outline: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Iterable[Tensor],
-    shard_bytes: int,
-) -> int:
-    """Write `tensors`, which come in the order of `outline` (name → dtype, shape), and return their bytes.
-
-    One `model.safetensors`, or numbered files of at most `shard_bytes` and their index. One tensor is in memory at a
-    time. The directory itself is made atomic by whoever fills it (`atomic.replaced_directory`).
-    """
-    shards = _plan_shards({name: _bytes(*kind) for name, kind in outline.items()}, shard_bytes)
+    sizes = {name: math.prod(piece.shape) * source.dtype_of(piece.entry).itemsize for name, piece in pieces.items()}
+    shards = _plan_shards(sizes, SHARD_BYTES)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
-    stream = iter(tensors)
+    places = []
     for file_name, shard in zip(names, shards, strict=True):
-        _write_file(directory / file_name, {name: outline[name] for name in shard}, stream)
-    total = sum(_bytes(*kind) for kind in outline.values())
+        places += _lay_out(directory / file_name, {name: pieces[name] for name in shard}, source)
+    written = fill(places, source)
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
+        index = {"metadata": {"total_size": written.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
+    return dataclasses.replace(written, tensors=len(pieces))
+
+
+def _part(entry: Entry, whole: Tensor, config: ModelConfig, index: int) -> Tensor:
+    return split(entry, whole, config)[index]
 
 
 def _open_tensors(directory: Path) -> dict[str, Any]:
@@ -195,27 +196,21 @@ def _plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(path: Path, outline: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], stream: Any) -> None:
+def _lay_out(path: Path, pieces: Mapping[str, Piece], source: Source) -> Iterator[Place]:
+    """Write a safetensors file's header and give it its length."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in outline.items():
-        end = offset + _bytes(dtype, shape)
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+    end = 0
+    for name, piece in pieces.items():
+        dtype = source.dtype_of(piece.entry)
+        start, end = end, end + math.prod(piece.shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(piece.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start on 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, kind), tensor in zip(outline.items(), stream, strict=False):  # the stream feeds the next file too
-            if (tensor.dtype, tuple(tensor.shape)) != kind:
-                raise AssertionError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {kind}")
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
+        file.truncate(8 + len(text) + end)
+    for name, piece in pieces.items():
+        yield Place(path, 8 + len(text) + header[name]["data_offsets"][0], piece)
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,21 @@ class Source(Protocol):
         """One phrase for the log: format, layout, type."""
 
 
+@runtime_checkable
+class PartedSource(Protocol):
+    """A Source whose `read(entry)` is `assemble(entry, parts(entry))`, so that writers may move rows without it.
+
+    `assemble` must follow from the shapes alone and use nothing of `entry` but what they scale with: it is also run on
+    small tensors of row numbers, whose columns stand for blocks of columns.
+    """
+
+    def parts(self, entry: Entry) -> list[Tensor]:
+        """The stored tensors, mapped and not copied, checked where replicas must agree."""
+
+    def assemble(self, entry: Entry, parts: list[Tensor]) -> Tensor:
+        """The full mcore tensor of `parts`: a pure rearrangement."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The layout to write. A format reads the fields it lists in `Format.options`, and no other."""
@@ -59,10 +74,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer wrote: tensors (one cut over ranks counts once) and their bytes over all files."""
+    """What a writer wrote: tensors (one cut over ranks counts once), their bytes over all files, who holds a NaN."""
 
     tensors: int
     bytes: int
+    nan: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

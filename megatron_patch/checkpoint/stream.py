@@ -1,0 +1,226 @@
+"""Writing checkpoint files of any size in little memory: laid out first, then filled in place from mapped sources.
+
+Several threads each take a parameter, see where its rows stand in the source (`rows.trace`), and copy them chunk by
+chunk to every file that holds some of them. A file's length and the place of each tensor are known before any byte of
+a tensor is read.
+"""
+
+import errno
+import functools
+import math
+import os
+import shutil
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_patch.checkpoint.cast import check_range, holds_nan
+from megatron_patch.checkpoint.interface import PartedSource, Source, Written
+from megatron_patch.checkpoint.rows import Band, Move, trace
+from megatron_patch.families.manifest import Entry
+
+CHUNK_BYTES = 16 << 20
+FLUSH_BYTES = 64 << 20  # written back while the next tensors are read, not all at the end
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a file: `make(entry, whole)` of the full mcore tensor, `shape` large.
+
+    `make` is a pure rearrangement. One that only moves whole rows and blocks of columns (`layouts.cut`, a part of
+    `layouts.split`) is never run on the data; any other gets the whole tensor in memory.
+    """
+
+    entry: Entry
+    shape: tuple[int, ...]
+    make: Callable[[Entry, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of a file made of pieces one after the other, as grouped experts are; `shape` is the whole's."""
+
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a file a piece goes."""
+
+    path: Path
+    offset: int
+    piece: Piece
+
+
+def write_pt(files: Iterable[tuple[Path, Mapping[str, Any]]], source: Source) -> Written:
+    """Write classic `.pt` files: dicts as `torch.save` takes them, with a Piece or Stack for each tensor.
+
+    The largest thing in memory is a chunk, or one tensor where `make` has to run. Raises OSError when the disk is full.
+    """
+    places = [place for path, payload in files for place in _lay_out_pt(path, payload, source)]
+    return fill(places, source)
+
+
+def fill(places: list[Place], source: Source) -> Written:
+    """Write every piece at its place in files that have their length already; they reach the disk before it returns."""
+    by_entry: dict[str, list[Place]] = {}
+    for place in places:
+        by_entry.setdefault(place.piece.entry.mcore, []).append(place)
+    total = sum(_bytes(place.piece, source) for place in places)
+    paths = list(dict.fromkeys(place.path for place in places))
+    if paths:
+        check_space(paths[0].parent, total)
+    nan: set[str] = set()
+    jobs = [functools.partial(_fill_entry, source, entry_places, nan) for entry_places in by_entry.values()]
+    run_in_threads(jobs, total, "writing")
+    run_in_threads([functools.partial(_synchronise, path) for path in paths], 0, "flushing")
+    return Written(len(by_entry), total, tuple(sorted(nan)))
+
+
+def run_in_threads(jobs: list[Callable[[], int]], total: int, label: str) -> None:
+    """Run `jobs` on every core and add up the bytes they return on a progress bar; the first error stops the rest."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
+    bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=not total or not _is_watched())
+    try:
+        futures: list[Future[int]] = [pool.submit(job) for job in jobs]
+        for future in as_completed(futures):
+            bar.update(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+
+
+def check_space(directory: Path, size: int) -> None:
+    """Raise OSError unless the disk of `directory` has `size` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"the disk has {free:,} bytes free and {size:,} are needed", str(directory))
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def _lay_out_pt(path: Path, payload: Mapping[str, Any], source: Source) -> Iterator[Place]:
+    """Write all of the file but the tensors' bytes."""
+    tensors: list[Piece | Stack] = []
+
+    def blank(value: Any) -> Any:
+        if isinstance(value, Piece | Stack):
+            tensors.append(value)
+            return torch.empty(value.shape, dtype=_dtype(value, source))  # never touched, so it takes no memory
+        return {key: blank(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.serialization.skip_data():
+        torch.save(blank(payload), path)
+    for tensor, (offset, size) in zip(tensors, _storages(path), strict=True):
+        for piece in tensor.pieces if isinstance(tensor, Stack) else [tensor]:
+            yield Place(path, offset, piece)
+            offset += _bytes(piece, source)
+            size -= _bytes(piece, source)
+        if size:
+            raise AssertionError(f"{path}: a tensor of {tensor.shape} was laid out {size} bytes too large")
+
+
+def _storages(path: Path) -> Iterator[tuple[int, int]]:
+    """Offset and size of each storage in the order of pickling: torch numbers them so."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+        for number in range(sum(name.startswith("data/") for name in records)):
+            record = records[f"data/{number}"]
+            file.seek(record.header_offset)
+            name, extra = struct.unpack("<26x2H", file.read(30))  # lengths in the local header
+            yield record.header_offset + 30 + name + extra, record.file_size
+
+
+def _fill_entry(source: Source, places: list[Place], nan: set[str]) -> int:
+    """Write one parameter everywhere it goes, and return the bytes written."""
+    entry = places[0].piece.entry
+    parts = source.parts(entry) if isinstance(source, PartedSource) else [source.read(entry)]
+    dtype = source.dtype_of(entry)
+    done = 0
+    for place in places:
+        start = offset = place.offset
+        with place.path.open("r+b", buffering=0) as file:
+            for chunk in _chunks(*_origins(source, place.piece, parts), place.piece.shape, dtype):
+                check_range(entry, chunk, was_rounded=parts[0].dtype != dtype)
+                if holds_nan(chunk):
+                    nan.add(entry.mcore)
+                offset += _write(file.fileno(), place.path, chunk, offset)
+            if offset - start >= FLUSH_BYTES:
+                os.fdatasync(file.fileno())
+        if offset - start != _bytes(place.piece, source):
+            raise AssertionError(f"{entry.mcore}: {offset - start} bytes came for a piece of shape {place.piece.shape}")
+        done += offset - start
+    return done
+
+
+def _origins(source: Source, piece: Piece, parts: list[Tensor]) -> tuple[list[Band], list[Tensor]]:
+    """Where the rows of a piece are: in the stored parts, or in a tensor made for it."""
+    assemble = source.assemble if isinstance(source, PartedSource) else _only
+
+    def make(entry: Entry, parts: list[Tensor]) -> Tensor:
+        return piece.make(entry, assemble(entry, parts))
+
+    bands = trace(piece.entry, parts, piece.shape, make)
+    if bands is not None:
+        return bands, parts
+    made = make(piece.entry, parts).reshape(piece.shape[0], -1)
+    everything = slice(0, made.shape[1])
+    return [Band(0, len(made), (Move(everything, 0, 0, everything),))], [made]
+
+
+def _chunks(bands: list[Band], parts: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The rows in order, in pieces of about CHUNK_BYTES; a view of the source where it has them as they are wanted."""
+    width = math.prod(shape[1:])
+    rows = max(1, CHUNK_BYTES // (width * dtype.itemsize))
+    for band in bands:
+        stored = band.stored(parts)
+        for start in range(band.start, band.stop, rows):
+            stop = min(start + rows, band.stop)
+            if stored is not None and stored.dtype == dtype:
+                yield stored[start - band.start : stop - band.start]
+            else:
+                chunk = torch.empty(stop - start, width, dtype=dtype)
+                band.copy(parts, start, stop, chunk)
+                yield chunk
+
+
+def _write(file: int, path: Path, chunk: Tensor, offset: int) -> int:
+    data = memoryview(chunk.flatten().view(torch.uint8).numpy())
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(file, data[done:], offset + done)
+    except OSError as error:
+        raise OSError(error.errno, f"writing stopped: {error.strerror}", str(path)) from None
+    return done
+
+
+def _synchronise(path: Path) -> int:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    return 0
+
+
+def _only(entry: Entry, parts: list[Tensor]) -> Tensor:
+    return parts[0]
+
+
+def _dtype(tensor: Piece | Stack, source: Source) -> torch.dtype:
+    return source.dtype_of((tensor.pieces[0] if isinstance(tensor, Stack) else tensor).entry)
+
+
+def _bytes(piece: Piece, source: Source) -> int:
+    return math.prod(piece.shape) * source.dtype_of(piece.entry).itemsize
