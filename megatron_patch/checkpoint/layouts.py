@@ -94,7 +94,7 @@ def join(entry: Entry, shards: list[Tensor]) -> Tensor:
     Raises ValueError when replicas of an uncut tensor differ.
     """
     if entry.shard is None:
-        differing = [rank for rank, shard in enumerate(shards) if not torch.equal(shard, shards[0])]
+        differing = [rank for rank, shard in enumerate(shards) if not same_bits(shard, shards[0])]
         if differing:
             raise ValueError(f"{entry.mcore} is replicated, but tensor-parallel ranks 0 and {differing[0]} differ")
         return shards[0]
@@ -105,6 +105,12 @@ def join(entry: Entry, shards: list[Tensor]) -> Tensor:
     dim, blocks = _cut_dimension(entry)
     pieces = [shard.chunk(blocks, dim) for shard in shards]
     return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, so that a NaN equals itself and 0.0 differs from -0.0."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
 
 
 def _cut_dimension(entry: Entry) -> tuple[int, int]:

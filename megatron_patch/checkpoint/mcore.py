@@ -1,16 +1,14 @@
-"""Megatron's classic checkpoint: a tracker file and `release|iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt`.
+"""Megatron's classic checkpoint on disk: a tracker file, and `release|iter_NNNNNNN/mp_rank_…/model_optim_rng.pt`.
 
-Manifest names are Transformer Engine's. Megatron-Core without it spells two norms of every layer differently
-("local" names); both are read, and both can be written.
+A conversion writes every rank's file; in training each rank writes its own. `mcore_source` reads them.
 """
 
 import argparse
+import functools
+import itertools
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,96 +16,30 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import move_directory, write_text
-from megatron_patch.checkpoint.layouts import join, shard_shape
-from megatron_patch.checkpoint.unpickle import read_pt
+from megatron_patch.checkpoint.interface import Source, Target, Written
+from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
+from megatron_patch.checkpoint.megatron_args import megatron_args
+from megatron_patch.checkpoint.placement import (
+    Slot,
+    as_cut,
+    check_layout,
+    file_slots,
+    layer_ranges,
+    rank_name,
+    ranks,
+    stage_layers,
+)
+from megatron_patch.checkpoint.stream import Piece, write_pt
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.manifest import Entry, check_complete
+from megatron_patch.families.manifest import Entry
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
-_TP = "tensor_model_parallel_size"
-_LOCAL_SPELLINGS = (
-    ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-)
-# `args` that must agree with config.json wherever a checkpoint records them.
-_COMPARED = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "norm_epsilon",
-    "rotary_base",
-)
-
-
-@dataclass(frozen=True)
-class McoreSource:
-    """An open iteration: `ranks` holds, per tensor-parallel rank, its memory-mapped tensors by manifest name."""
-
-    directory: Path
-    ranks: tuple[Mapping[str, Tensor], ...]
-    transformer_impl: str
-    format: str = "mcore"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of most tensors."""
-        return Counter(tensor.dtype for tensor in self.ranks[0].values()).most_common(1)[0][0]
-
-    @property
-    def layout(self) -> Mapping[str, int]:
-        """How many ranks it is cut into."""
-        return {"tp": len(self.ranks)}
-
-    def dtype_of(self, entry: Entry) -> torch.dtype:
-        """The type of `entry`, the same on every rank."""
-        return self.ranks[0][entry.mcore].dtype
-
-    def read(self, entry: Entry) -> Tensor:
-        """The full mcore tensor, `entry.shape`, without vocabulary padding."""
-        return join(entry, [rank[entry.mcore] for rank in self.ranks])
-
-    def describe(self) -> str:
-        """One phrase for the log."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"mcore {self.directory.name}, tp {len(self.ranks)}, {self.transformer_impl} names, {dtype}"
-
-
-def local_name(name: str) -> str:
-    """The name that Megatron-Core without Transformer Engine gives the parameter."""
-    for te, local in _LOCAL_SPELLINGS:
-        if name.endswith("." + te):
-            return name.removesuffix(te) + local
-    return name
 
 
 def holds_mcore(directory: Path) -> bool:
     """Whether `directory` looks like a classic Megatron checkpoint."""
     return (directory / TRACKER).is_file() or any(directory.glob(f"*/mp_rank_*/{RANK_FILE}"))
-
-
-def open_mcore(root: Path, entries: list[Entry], config: ModelConfig) -> McoreSource:
-    """Open the iteration that the tracker names, on whatever tensor-parallel layout it was written.
-
-    Raises ValueError or FileNotFoundError in one sentence, with the path, for a missing tracker or rank, a damaged
-    file, an architecture other than `config`, and names or shapes other than `entries`.
-    """
-    directory = latest_directory(root)
-    files = _rank_files(directory)
-    payloads = [_payload(file) for file in files]
-    for file, payload in zip(files, payloads, strict=True):
-        _check_args(file, payload.get("args"), config, len(files))
-    spelling = {local_name(entry.mcore): entry.mcore for entry in entries}
-    ranks = tuple(_named(file, payload["model"], spelling) for file, payload in zip(files, payloads, strict=True))
-    for file, rank in zip(files, ranks, strict=True):
-        check_complete((entry.mcore for entry in entries), rank, str(file))
-    for entry in entries:
-        _check_shards(entry, [rank[entry.mcore] for rank in ranks], files)
-    is_local = any(name in payloads[0]["model"] for name, te in spelling.items() if name != te)
-    return McoreSource(directory, ranks, "local" if is_local else "te")
 
 
 def latest_directory(root: Path) -> Path:
@@ -129,40 +61,47 @@ def iteration_name(iteration: int | None) -> str:
     return "release" if iteration is None else f"iter_{iteration:07d}"
 
 
-def megatron_args(config: ModelConfig, tp: int, dtype: torch.dtype, transformer_impl: str = "te") -> argparse.Namespace:
-    """What Megatron's command line would have been: builtins only, under Megatron's own names."""
-    return argparse.Namespace(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=True,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        vocab_size=config.vocab_size,
-        padded_vocab_size=-(-config.vocab_size // tp) * tp,
-        make_vocab_size_divisible_by=1,
-        max_position_embeddings=config.max_position_embeddings,
-        seq_length=config.max_position_embeddings,
-        norm_epsilon=config.norm_epsilon,
-        normalization="RMSNorm",
-        position_embedding_type="rope",
-        rotary_base=config.rotary_base,
-        rotary_percent=1.0,
-        window_size=None
-        if config.window_size is None
-        else (config.window_size - 1, 0),  # Megatron's excludes the query
-        swiglu=True,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        untie_embeddings_and_output_weights=not config.share_embeddings_and_output_weights,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=1,
-        expert_model_parallel_size=1,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        transformer_impl={"te": "transformer_engine", "local": "local"}[transformer_impl],
+def check_mcore(entries: list[Entry], config: ModelConfig, target: Target) -> None:
+    """Raise ValueError for a layout into which the model cannot be divided."""
+    check_layout(config, target)
+    for entry in entries:
+        check_divides(as_cut(entry, target), config, target.tp)
+
+
+def write_mcore(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
+    """Write `directory`/release, a file for every rank of `target`, and the tracker."""
+    release = directory / iteration_name(None)
+    layers = layer_ranges(stage_layers(config.num_layers, target))
+    args = megatron_args(config, target, source.dtype)
+    slots = {
+        place: list(file_slots(entries, config, target, layers, *place))
+        for place in itertools.product(range(target.pp), range(target.ep))
+    }
+    files = (
+        (release / rank_name(target, *rank) / RANK_FILE, _payload(slots[rank[1:]], rank[0], target, args))
+        for rank in ranks(target)
     )
+    written = write_pt(files, source)
+    write_text(directory / TRACKER, "release")
+    return written
+
+
+def _payload(slots: list[Slot], tp_rank: int, target: Target, args: argparse.Namespace) -> dict[str, Any]:
+    """A rank file's content, its tensors still to be made."""
+    chunks: list[dict[str, Piece]] = [{} for _ in range(target.vp)]
+    for slot in slots:
+        shape = shard_shape(as_cut(slot.entry, target), target.tp)
+        chunks[slot.chunk][slot.key] = Piece(slot.entry, shape, functools.partial(_shard, target, tp_rank))
+    names = ["model"] if target.vp == 1 else [f"model{chunk}" for chunk in range(target.vp)]
+    return _around(args) | dict(zip(names, chunks, strict=True))
+
+
+def _shard(target: Target, tp_rank: int, entry: Entry, whole: Tensor) -> Tensor:
+    return cut(as_cut(entry, target), whole, tp_rank, target.tp)
+
+
+def _around(args: argparse.Namespace, iteration: int | None = None) -> dict[str, Any]:
+    return {"args": args, "checkpoint_version": 3.0, "iteration": iteration or 0}
 
 
 def write_rank(
@@ -174,12 +113,7 @@ def write_rank(
     """
     directory = _unpublished(root, iteration) / _rank_name(tp_rank)
     directory.mkdir(parents=True, exist_ok=True)
-    payload = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": iteration or 0,
-        "model": {name: _alone(tensor) for name, tensor in tensors.items()},
-    }
+    payload = _around(args, iteration) | {"model": {name: _alone(tensor) for name, tensor in tensors.items()}}
     with (directory / RANK_FILE).open("wb") as file:
         torch.save(payload, file)
         file.flush()
@@ -218,75 +152,3 @@ def _alone(tensor: Tensor) -> Tensor:
     """On the CPU and in a storage of its own size: torch.save writes the whole storage behind a view."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _rank_files(directory: Path) -> list[Path]:
-    """The files of ranks 0, 1, … without a gap."""
-    names = sorted(path.name for path in directory.glob("mp_rank_*"))
-    for name in names:
-        if not re.fullmatch(r"mp_rank_\d{2,}", name):
-            raise ValueError(f"{directory / name} is a pipeline or expert shard; only tensor parallelism is read yet")
-    ranks = sorted(int(name.removeprefix("mp_rank_")) for name in names)
-    for rank in range(max(ranks, default=0) + 1):
-        if rank not in ranks:
-            raise FileNotFoundError(f"{directory / _rank_name(rank)} does not exist")
-    return [directory / _rank_name(rank) / RANK_FILE for rank in ranks]
-
-
-def _payload(file: Path) -> dict[str, Any]:
-    payload = read_pt(file)
-    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
-        found = ", ".join(map(str, payload)) if isinstance(payload, dict) else type(payload).__name__
-        raise ValueError(f"{file} holds no dict under 'model' (it holds {found}); it is not an mcore checkpoint")
-    return payload
-
-
-def _check_args(file: Path, args: Any, config: ModelConfig, tp: int) -> None:
-    """Raise ValueError where the stored arguments contradict the files found or the architecture wanted."""
-    if args is None:
-        return  # some converters store none; names and shapes still have to fit
-    stored = dict(vars(args))
-    if isinstance(stored.get(_TP), int) and stored[_TP] > tp:
-        missing = file.parent.with_name(_rank_name(tp))
-        raise FileNotFoundError(f"{missing} does not exist, but {file} was written at tp {stored[_TP]}")
-    if stored.get("group_query_attention") is False:
-        stored["num_query_groups"] = stored.get("num_attention_heads")
-    wanted = {
-        _TP: tp,
-        "pipeline_model_parallel_size": 1,
-        **{name: getattr(config, name) for name in _COMPARED if name in stored},
-    }
-    if isinstance(stored.get("vocab_size"), int) and stored["vocab_size"] > 0:
-        wanted["vocab_size"] = config.vocab_size
-    for name, value in wanted.items():
-        if isinstance(stored.get(name), int | float) and stored[name] != value:
-            origin = "the directory holds" if name.endswith("parallel_size") else "config.json says"
-            raise ValueError(f"{file}: args.{name} is {stored[name]}, {origin} {value}")
-
-
-def _named(file: Path, model: Mapping[str, Any], spelling: Mapping[str, str]) -> dict[str, Tensor]:
-    """The rank's tensors under manifest names; `_extra_state` is the only key left out."""
-    named: dict[str, Tensor] = {}
-    for key, value in model.items():
-        if key.endswith("_extra_state"):
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{file}: {key} is {type(value).__name__}, not a tensor")
-        name = spelling.get(key, key)
-        if name in named:
-            raise ValueError(f"{file} holds {name} under both of its names")
-        named[name] = value
-    return named
-
-
-def _check_shards(entry: Entry, shards: list[Tensor], files: list[Path]) -> None:
-    wanted = shard_shape(entry, len(shards))
-    for file, shard in zip(files, shards, strict=True):
-        shape = tuple(shard.shape)
-        is_padded = entry.shard == "vocab" and shape[1:] == wanted[1:] and shape[0] >= wanted[0]
-        if shape != wanted and not (is_padded and shape == tuple(shards[0].shape)):
-            raise ValueError(f"{file}: {entry.mcore} has shape {shape}, config.json implies {wanted}")
-        if shard.dtype != shards[0].dtype or shard.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{file}: {entry.mcore} is {shard.dtype}; supported is one of fp32, fp16, bf16 on all ranks"
-            )

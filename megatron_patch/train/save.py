@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from megatron_patch.checkpoint.assets import copy_assets, write_dtype
 from megatron_patch.checkpoint.atomic import write_text
-from megatron_patch.checkpoint.mcore import megatron_args, publish, write_rank
+from megatron_patch.checkpoint.interface import Target
+from megatron_patch.checkpoint.mcore import publish, write_rank
+from megatron_patch.checkpoint.megatron_args import megatron_args
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.model.build import DTYPES
@@ -24,7 +26,8 @@ def save_checkpoint(run: RunConfig, model: nn.Module, iteration: int, mesh: Mesh
     root, dtype = Path(run.checkpoint.save), DTYPES[run.precision]
     weights = tensor_parallel_weights(model, dtype, keep=mesh.dp.rank == 0)
     if mesh.dp.rank == 0:
-        write_rank(root, iteration, mesh.tp.rank, weights, megatron_args(run.model, mesh.tp.size, dtype))
+        args = megatron_args(run.model, Target(tp=mesh.tp.size), dtype)
+        write_rank(root, iteration, mesh.tp.rank, weights, args)
     if dist.is_initialized():
         dist.barrier()
     if mesh.rank == 0:
