@@ -35,28 +35,14 @@ def _topk_method(config: ModelConfig) -> dict[str, Any]:
 
 
 YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
-BASE = {
-    "vocab_size": 102400,
-    "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": YARN,
-    "num_experts_per_tok": 6,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+SHARED_BY_SIZES = {
+    "vocab_size": 102400, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "rope_scaling": YARN, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
@@ -109,13 +95,13 @@ DEEPSEEK_V2 = Family(
     extras=_topk_method,
     sizes={
         # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite/blob/main/config.json
-        "A2.4B": BASE | {
+        "A2.4B": SHARED_BY_SIZES | {
             "num_hidden_layers": 27, "hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16,
             "n_routed_experts": 64, "moe_intermediate_size": 1408, "q_lora_rank": None,
             "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         },
         # https://huggingface.co/deepseek-ai/DeepSeek-V2/blob/main/config.json
-        "A21B": BASE | {
+        "A21B": SHARED_BY_SIZES | {
             "num_hidden_layers": 60, "hidden_size": 5120, "intermediate_size": 12288, "num_attention_heads": 128,
             "n_routed_experts": 160, "moe_intermediate_size": 1536, "q_lora_rank": 1536,
             "topk_method": GROUPED, "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0,

@@ -57,6 +57,10 @@ class Key:
             value = self.of_config(hf) if is_computed else None if is_null else self.default
         return self.read(value, hf) if self.read and value is not None else value
 
+    def written(self, field: str, config: ModelConfig) -> Any:
+        """The value of `field` as the file holds it."""
+        return self.write(config) if self.write else getattr(config, field)
+
     def is_used(self, values: Mapping[str, Any]) -> bool:
         """Whether a model with these field `values` has this setting at all."""
         return self.only_when is None or values[self.only_when[0]] in self.only_when[1]
@@ -127,10 +131,8 @@ class Family:
             **self.extras(config),
         }
         for field, key in self.keys.items():
-            value = key.write(config) if key.write else getattr(config, field)
-            is_inside = any("." in name for name in key.hf[:1])
-            if key.hf and key.is_used(vars(config)) and (value is not None or not is_inside):
-                _place(hf, key.hf[0], value)
+            if key.hf and key.is_used(vars(config)):
+                _place(hf, key.hf[0], key.written(field, config))
         return hf
 
     def _check_given(self, lacking: list[Key]) -> None:
@@ -158,6 +160,8 @@ def _descend(hf: Mapping[str, Any], name: str) -> Any:
 
 def _place(hf: dict[str, Any], name: str, value: Any) -> None:
     *path, last = name.split(".")
+    if path and value is None:  # a null inside a table is left out, and with it a table that says nothing
+        return
     for part in path:
         hf = hf.setdefault(part, {})
     if hf.get(last, value) != value:

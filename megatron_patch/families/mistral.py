@@ -11,23 +11,10 @@ from megatron_patch.families.decoder import (
 from megatron_patch.families.family import Family, Key
 
 MISTRAL_KEYS = DENSE_KEYS | {
-    "num_query_groups": Key(("num_key_value_heads",), 8, lambda hf: hf["num_attention_heads"], is_shape=True),
+    "num_query_groups": Key(("num_key_value_heads",), 8, is_shape=True),
     "max_position_embeddings": Key(("max_position_embeddings",), 131072),
     "window_size": Key(("sliding_window",), 4096),
 }
-V02 = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "sliding_window": None,
-}
-
 MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
@@ -38,10 +25,22 @@ MISTRAL = Family(
     prompt_type="mistral",
     sizes={
         # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
-        "7B": V02 | {"rope_theta": 10000.0, "sliding_window": 4096},
+        "7B": {
+            "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
+        },
         # https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.2/blob/main/config.json
-        "7B-v0.2": V02,
+        "7B-v0.2": {
+            "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
+        },
         # https://huggingface.co/mistralai/Mistral-7B-v0.3/blob/main/config.json
-        "7B-v0.3": V02 | {"vocab_size": 32768},
+        "7B-v0.3": {
+            "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
+        },
     },
 )  # fmt: skip

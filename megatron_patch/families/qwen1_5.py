@@ -21,8 +21,7 @@ EXPECTS = (
         "layer_types": ("full_attention",),
     }
 )
-BASE = {"vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-WIDE = BASE | {"vocab_size": 152064}
+SHARED_BY_SIZES = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 151936}
 
 QWEN1_5 = Family(
     name="qwen1_5",
@@ -37,37 +36,40 @@ QWEN1_5 = Family(
     prompt_type="alpaca",
     sizes={
         # https://huggingface.co/Qwen/Qwen1.5-0.5B/blob/main/config.json
-        "0.5B": BASE | {
+        "0.5B": SHARED_BY_SIZES | {
             "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816,
             "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True,
         },
         # https://huggingface.co/Qwen/Qwen1.5-1.8B/blob/main/config.json
-        "1.8B": BASE | {
+        "1.8B": SHARED_BY_SIZES | {
             "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5504,
             "num_attention_heads": 16, "num_key_value_heads": 16,
         },
         # https://huggingface.co/Qwen/Qwen1.5-4B/blob/main/config.json
-        "4B": BASE | {
+        "4B": SHARED_BY_SIZES | {
             "num_hidden_layers": 40, "hidden_size": 2560, "intermediate_size": 6912,
             "num_attention_heads": 20, "num_key_value_heads": 20, "rope_theta": 5e6,
         },
         # https://huggingface.co/Qwen/Qwen1.5-7B/blob/main/config.json
-        "7B": BASE | {
+        "7B": SHARED_BY_SIZES | {
             "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
             "num_attention_heads": 32, "num_key_value_heads": 32,
         },
         # https://huggingface.co/Qwen/Qwen1.5-14B/blob/main/config.json
-        "14B": WIDE | {
+        "14B": SHARED_BY_SIZES | {
+            "vocab_size": 152064,
             "num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13696,
             "num_attention_heads": 40, "num_key_value_heads": 40,
         },
         # https://huggingface.co/Qwen/Qwen1.5-32B/blob/main/config.json
-        "32B": WIDE | {
+        "32B": SHARED_BY_SIZES | {
+            "vocab_size": 152064,
             "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27392,
             "num_attention_heads": 40, "num_key_value_heads": 8,
         },
         # https://huggingface.co/Qwen/Qwen1.5-72B/blob/main/config.json
-        "72B": WIDE | {
+        "72B": SHARED_BY_SIZES | {
+            "vocab_size": 152064,
             "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 24576,
             "num_attention_heads": 64, "num_key_value_heads": 64,
         },
@@ -101,7 +103,7 @@ QWEN1_5_MOE = Family(
     prompt_type="alpaca",
     sizes={
         # https://huggingface.co/Qwen/Qwen1.5-MoE-A2.7B/blob/main/config.json
-        "A2.7B": BASE | {
+        "A2.7B": SHARED_BY_SIZES | {
             "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
             "num_key_value_heads": 16, "max_position_embeddings": 8192,
             "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,

@@ -72,8 +72,8 @@ def _differences(family: Family, size: str, config: ModelConfig, directory: str 
     wanted = family.config(family.sizes[size])
     shapes, warnings = [], []
     for field, key in family.keys.items():
-        ours, theirs = getattr(wanted, field), getattr(config, field)
-        if ours == theirs:
+        ours, theirs = key.written(field, wanted), key.written(field, config)
+        if ours == theirs or not key.hf:
             continue
         if key.is_shape:
             shapes.append(f"{key.hf[0]} is {theirs} in {directory}/config.json and {ours} in MODEL_SIZE {size}")
