@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from megatron_patch.checkpoint.hf import check_hf_target, holds_hf, open_hf, write_hf
 from megatron_patch.checkpoint.interface import Format
+from megatron_patch.checkpoint.legacy import LEGACY_FORMATS
 from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, write_mcore
 from megatron_patch.checkpoint.mcore_source import open_mcore
 
@@ -14,6 +15,7 @@ _MCORE_LAYOUT = ("tp", "pp", "ep", "etp", "vp", "first_stage_layers", "transform
 # Detection takes the first that holds the directory, so a format stands before those whose files resemble its own.
 _IN_ORDER = (
     Format("hf", "model.safetensors (or its index)", holds_hf, open_hf, check_hf_target, write_hf),
+    *LEGACY_FORMATS,
     Format("mcore", TRACKER, holds_mcore, open_mcore, check_mcore, write_mcore, frozenset(_MCORE_LAYOUT)),
 )
 FORMATS: Mapping[str, Format] = MappingProxyType({format.name: format for format in _IN_ORDER})

@@ -37,12 +37,14 @@ class Piece:
     """A tensor of a file: `make(entry, whole)` of the full mcore tensor, `shape` large.
 
     `make` is a pure rearrangement. One that only moves whole rows and blocks of columns (`layouts.cut`, a part of
-    `layouts.split`) is never run on the data; any other gets the whole tensor in memory.
+    `layouts.split`) is never run on the data; any other, such as a transposition, says `moves_rows=False` and gets the
+    whole tensor in memory.
     """
 
     entry: Entry
     shape: tuple[int, ...]
     make: Callable[[Entry, Tensor], Tensor]
+    moves_rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _origins(source: Source, piece: Piece, parts: list[Tensor]) -> tuple[list[Ba
     def make(entry: Entry, parts: list[Tensor]) -> Tensor:
         return piece.make(entry, assemble(entry, parts))
 
-    bands = trace(piece.entry, parts, piece.shape, make)
+    bands = trace(piece.entry, parts, piece.shape, make) if piece.moves_rows else None
     if bands is not None:
         return bands, parts
     made = make(piece.entry, parts).reshape(piece.shape[0], -1)

@@ -1,0 +1,261 @@
+"""Reading Megatron-LM's legacy checkpoints: every rank file of one iteration, whatever its layout and spelling.
+
+The layout is read from the files; what they record in `args` is held against it.
+"""
+
+import argparse
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch.checkpoint.interface import Target
+from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
+from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
+from megatron_patch.checkpoint.megatron_args import check_args
+from megatron_patch.checkpoint.placement import Rank
+from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, ZEROS, Item, Spelling, items
+from megatron_patch.checkpoint.unpickle import read_pt
+from megatron_patch.config.model import ModelConfig
+from megatron_patch.families.manifest import Entry, check_complete
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_LAYER = re.compile(re.escape(ENCODER) + r"layers\.(\d+)\.")
+
+File = Mapping[str, Tensor]  # a rank's memory-mapped tensors by dotted key
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry lives: shard `index` of `item`, in the files of `stage` and of every one of `ep_ranks`."""
+
+    item: Item
+    index: int
+    stage: int
+    ep_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LegacySource:
+    """An open iteration: every rank's file, and every entry's place in them."""
+
+    directory: Path
+    format: str
+    target: Target
+    files: Mapping[Rank, File]
+    places: Mapping[str, Place]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most tensors."""
+        return Counter(tensor.dtype for tensor in self.files[0, 0, 0].values()).most_common(1)[0][0]
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """The sizes into which it is cut."""
+        return {"tp": self.target.tp, "pp": self.target.pp, "ep": self.target.ep}
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """The type of `entry`, the same in every file."""
+        place = self.places[entry.mcore]
+        return self.files[0, place.stage, place.ep_ranks[0]][place.item.keys[0]].dtype
+
+    def read(self, entry: Entry) -> Tensor:
+        """The full mcore tensor, `entry.shape`. Raises ValueError where replicas differ."""
+        place = self.places[entry.mcore]
+        first, *others = place.ep_ranks
+        whole = self._joined(place, first)
+        for ep_rank in others:
+            if not same_bits(whole, self._joined(place, ep_rank)):
+                raise ValueError(f"{self.directory}: expert ranks {first} and {ep_rank} differ in {entry.mcore}")
+        return whole
+
+    def check_optional(self, place: Place) -> None:
+        """Raise ValueError where a copy, or a tensor that must be zero, is there and is not what it should be."""
+        (key,), (entry,) = place.item.keys, place.item.entries
+        for ep_rank in place.ep_ranks:
+            files = self._files(place, ep_rank)
+            if not all(key in file for file in files):
+                continue
+            if place.item.packing is ZEROS and any(file[key].any() for file in files):
+                raise ValueError(f"{self.directory}: {key} is not zero, and no other format has a place for it")
+            if place.item.is_copy and not same_bits(self._joined(place, ep_rank), self.read(entry)):
+                raise ValueError(f"{self.directory}: {key} differs from {entry.mcore}, which it must repeat")
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        sizes = " ".join(f"{name} {size}" for name, size in self.layout.items() if size > 1 or name == "tp")
+        return f"{self.format} {self.directory.name}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
+
+    def _files(self, place: Place, ep_rank: int) -> list[File]:
+        return [self.files[tp_rank, place.stage, ep_rank] for tp_rank in range(self.target.tp)]
+
+    def _joined(self, place: Place, ep_rank: int) -> Tensor:
+        item = place.item
+        files = self._files(place, ep_rank)
+        shards = [item.shard([file[key] for key in item.keys], place.index) for file in files]
+        return join(item.entries[place.index], shards)
+
+
+def spelling_of(directory: Path) -> Spelling | None:
+    """How the checkpoint in `directory` is spelled; None when it is not a legacy one, or cannot be read."""
+    try:
+        file = min(latest_directory(directory).glob(f"mp_rank_*/{RANK_FILE}"), default=None)
+        keys = [] if file is None else list(_tensors(file, _payload(file)["model"]))
+    except (ValueError, OSError):
+        return None
+    if not any(key.startswith("language_model.") for key in keys):
+        return None
+    return next((spelling for spelling in SPELLINGS if any(spelling.marker in key for key in keys)), None)
+
+
+def open_legacy(spelling: Spelling, root: Path, entries: list[Entry], config: ModelConfig) -> LegacySource:
+    """Open the iteration that the tracker names.
+
+    Raises ValueError or FileNotFoundError in one sentence for a missing rank, a damaged file, an architecture other
+    than `config`, names, shapes or types other than `entries`, and copies that differ from what they repeat.
+    """
+    directory = latest_directory(root)
+    paths = _rank_paths(directory, spelling)
+    payloads = {rank: _payload(path) for rank, path in paths.items()}
+    files = {rank: _tensors(paths[rank], payload["model"]) for rank, payload in payloads.items()}
+    sizes = {name: 1 + max(rank[axis] for rank in paths) for axis, name in enumerate(("tp", "pp", "ep"))}
+    target = Target(**sizes, etp=1 if spelling.expert_first else None)
+    for rank, payload in payloads.items():
+        _check_payload(paths[rank], payload, spelling, config, target)
+    if target.ep > 1 and (not config.num_moe_experts or config.num_moe_experts % target.ep):
+        raise ValueError(f"{directory} holds {target.ep} shares of {config.num_moe_experts} experts; one is missing")
+    places: dict[str, Place] = {}
+    optional = []
+    for stage, layers in enumerate(_stages(directory, files, target, config)):
+        for ep_rank in range(target.ep):
+            found = items(spelling, entries, config, target, layers, ep_rank)
+            for tp_rank in range(target.tp):
+                rank = tp_rank, stage, ep_rank
+                _check_file(paths[rank], files[rank], found, target)
+            for item in found:
+                if item.is_optional:
+                    optional.append(Place(item, 0, stage, (ep_rank,)))
+                else:
+                    places |= _places(places, item, stage, ep_rank)
+    source = LegacySource(directory, spelling.format, target, files, places)
+    for place in optional:
+        source.check_optional(place)
+    return source
+
+
+def _payload(path: Path) -> dict[str, Any]:
+    payload = read_pt(path)
+    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
+        raise ValueError(f"{path} holds no dict under 'model'; interleaved pipelines of legacy formats are not read")
+    return payload
+
+
+def _tensors(path: Path, tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor under its dotted key; `_extra_state` is the only thing left out."""
+    found: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= _tensors(path, value, f"{key}.")
+        elif isinstance(value, Tensor):
+            found[key] = value
+        elif not key.endswith("_extra_state"):
+            raise ValueError(f"{path}: {key} is {type(value).__name__}, not a tensor")
+    return found
+
+
+def _check_payload(
+    path: Path, payload: Mapping[str, Any], spelling: Spelling, config: ModelConfig, target: Target
+) -> None:
+    version = payload.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or version < 2:
+        raise ValueError(f"{path} has checkpoint_version {version!r}, which orders QKV otherwise; 2.0 and 3.0 are read")
+    args = payload.get("args")
+    if args is not None and spelling.expert_first:  # its expert-parallel ranks are the data-parallel ones
+        args = argparse.Namespace(**{**vars(args), "expert_model_parallel_size": None})
+    check_args(path, args, config, target)
+
+
+def _rank_paths(directory: Path, spelling: Spelling) -> dict[Rank, Path]:
+    """The file of every rank. Raises FileNotFoundError for a gap, ValueError for a name that is none."""
+    found: dict[tuple[int, ...], Path] = {}
+    for path in sorted(directory.glob("mp_rank_*")):
+        match = _RANK.fullmatch(path.name)
+        if match is None:
+            raise ValueError(f"{path} is no rank's directory; they are called mp_rank_TT, mp_rank_TT_PPP, and so on")
+        found[tuple(int(number) for number in match.groups() if number)] = path / RANK_FILE
+    if len({len(numbers) for numbers in found}) != 1:
+        raise ValueError(f"{directory} holds no rank's directory, or those of several layouts; keep one layout's")
+    expert_at = _expert_position(found, spelling)
+    paths = {}
+    for numbers, path in found.items():
+        others = list(numbers[1:])
+        ep_rank = others.pop(expert_at) if expert_at is not None else 0
+        paths[numbers[0], others[0] if others else 0, ep_rank] = path
+    for rank in itertools.product(*(range(1 + max(rank[axis] for rank in paths)) for axis in range(3))):
+        if rank not in paths or not paths[rank].is_file():
+            raise FileNotFoundError(f"{directory} lacks the file of tensor, pipeline and expert rank {rank}")
+    return paths
+
+
+def _expert_position(found: Mapping[tuple[int, ...], Path], spelling: Spelling) -> int | None:
+    """Which of the numbers behind the tensor-parallel one counts experts.
+
+    A lone one does not tell by its name: expert-parallel files all hold the embedding, later stages do not.
+    """
+    last = max(found)
+    if len(last) == 3:
+        return 0 if spelling.expert_first else 1
+    if len(last) == 1 or not found[last].is_file():
+        return None
+    keys = _tensors(found[last], _payload(found[last])["model"])
+    return 0 if any("embedding.word_embeddings." in key for key in keys) else None
+
+
+def _stages(directory: Path, files: Mapping[Rank, File], target: Target, config: ModelConfig) -> list[range]:
+    """The global layers of each stage, whose files count theirs from 0."""
+    counts = [
+        len({match[1] for key in files[0, stage, 0] if (match := _LAYER.match(key))}) for stage in range(target.pp)
+    ]
+    if sum(counts) != config.num_layers:
+        raise ValueError(f"{directory} holds {sum(counts)} layers, config.json says {config.num_layers}")
+    stops = list(itertools.accumulate(counts))
+    return [range(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+
+
+def _places(places: Mapping[str, Place], item: Item, stage: int, ep_rank: int) -> dict[str, Place]:
+    known = {entry.mcore: places[entry.mcore].ep_ranks for entry in item.entries if entry.mcore in places}
+    return {
+        entry.mcore: Place(item, index, stage, (*known.get(entry.mcore, ()), ep_rank))
+        for index, entry in enumerate(item.entries)
+    }
+
+
+def _check_file(path: Path, file: File, found: list[Item], target: Target) -> None:
+    optional = {key for item in found if item.is_optional for key in item.keys}
+    wanted = [key for item in found if not item.is_optional for key in item.keys]
+    check_complete(wanted, (key for key in file if key not in optional), str(path))
+    for item in found:
+        shard = torch.empty(shard_shape(item.entries[0], target.tp), device="meta")
+        for key, part in zip(item.keys, item.packing.parts, strict=True):
+            if key in file:
+                shape = item.shape(tuple(part(shard).shape))
+                _check_tensor(path, key, file[key], shape, is_padded=item.entries[0].shard == "vocab")
+        if len({file[key].dtype for key in item.keys if key in file}) > 1:
+            raise ValueError(f"{path}: {', '.join(item.keys)} become one tensor but differ in dtype")
+
+
+def _check_tensor(path: Path, key: str, tensor: Tensor, wanted: tuple[int, ...], *, is_padded: bool) -> None:
+    shape = tuple(tensor.shape)
+    if shape != wanted and not (is_padded and shape[1:] == wanted[1:] and shape[0] >= wanted[0]):
+        raise ValueError(f"{path}: {key} has shape {shape}, config.json implies {wanted}")
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{path}: {key} is {tensor.dtype}; supported are fp32, fp16 and bf16")
