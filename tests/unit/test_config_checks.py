@@ -15,6 +15,10 @@ BASE = shlex.split(
     "--seq-length 32 --max-padding-length 48 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 "
     "--save s --save-interval 5 --load c --family mistral --train-iters 9 --micro-batch-size 2 --global-batch-size 8"
 )
+STRETCHED = "--original-max-position-embeddings 16 --rope-type"
+LATENT = "--kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8"
+EXPERTS = "--num-moe-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32"
+GROUPS = f"{EXPERTS} --moe-router-num-groups 4 --moe-router-group-topk 2"
 
 
 def run(*flags: str) -> RunConfig:
@@ -24,6 +28,7 @@ def run(*flags: str) -> RunConfig:
 def test_a_run_that_fits_has_no_problem():
     assert problems(run("--tensor-model-parallel-size", "2", "--sequence-parallel"), world=4) == []
     check(run(), world=1)
+    check(run(*shlex.split(f"{GROUPS} {LATENT} {STRETCHED} yarn --kv-channels 15")), world=4)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,23 @@ def test_a_run_that_fits_has_no_problem():
         ("--window-size 0", 1, "window_size 0 must be at least 1"),
         ("--adam-beta2 1", 1, "adam_beta2 1.0 must be 0 or more and less than 1"),
         ("--adam-eps 0", 1, "adam_eps 0.0 must be more than 0"),
+        ("--rope-type llama3", 1, "rope_type llama3 needs original_max_position_embeddings"),
+        (f"{STRETCHED} llama3 --low-freq-factor 4", 1, "low_freq_factor 4.0 must be less than high_freq_factor 4.0"),
+        (f"{STRETCHED} yarn --beta-slow 32", 1, "beta_slow 32.0 must be less than beta_fast 32.0"),
+        (f"{STRETCHED} yarn --rotary-scaling-factor 0", 1, "rotary_scaling_factor 0.0 must be more than 0"),
+        (f"{LATENT} --qk-pos-emb-head-dim 7", 1, "qk_pos_emb_head_dim 7 must be even"),
+        (f"{LATENT} --v-head-dim 0", 1, "v_head_dim 0 must be at least 1"),
+        (f"{LATENT} --tensor-model-parallel-size 2", 2, "latent attention cannot be cut over tensor-parallel ranks"),
+        (f"{EXPERTS} --tensor-model-parallel-size 2", 2, "experts cannot be cut over tensor-parallel ranks yet; use 1"),
+        (f"{EXPERTS} --moe-router-topk 0", 1, "moe_router_topk 0 must be at least 1"),
+        (f"{EXPERTS} --moe-router-topk 9", 1, "moe_router_topk 9 is more than the 8 experts"),
+        (f"{GROUPS} --moe-router-topk 5", 1, "moe_router_topk 5 is more than the 4 experts"),
+        (f"{GROUPS} --moe-router-num-groups 3", 1, "moe_router_group_topk 2 of moe_router_num_groups 3 with num_moe"),
+        (f"{GROUPS} --moe-router-group-topk 5", 1, "moe_router_group_topk 5 of moe_router_num_groups 4 with num_moe"),
+        (f"{EXPERTS} --moe-first-dense-layers 2", 1, "moe_first_dense_layers 2 must be less than num_layers 2"),
+        (f"{EXPERTS} --moe-shared-expert-gate", 1, "moe_shared_expert_gate needs moe_shared_expert_intermediate_size"),
+        (f"{EXPERTS} --moe-ffn-hidden-size 20", 1, "moe_ffn_hidden_size 20 is not a multiple of 8"),
+        (f"{EXPERTS} --precision fp32 --moe-ffn-hidden-size 18", 1, "moe_ffn_hidden_size 18 is not a multiple of 4"),
     ],
 )
 def test_a_broken_rule_is_told_with_both_values(flags, world, told):
