@@ -1,5 +1,7 @@
 """A tiny model, a global batch, and one optimizer step on any layout: what the layout tests run on their ranks."""
 
+import dataclasses
+
 import torch
 
 from megatron_patch.config.model import ModelConfig
@@ -7,11 +9,14 @@ from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.data.batches import Batch
 from megatron_patch.families import ALL
+from megatron_patch.families.family import Family
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
+from megatron_patch.model.router import TopKRouter
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.mesh import build_mesh
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, sum_sequence_parallel_gradients
+from megatron_patch.train.parameters import entry_tensors
 from megatron_patch.train.save import tensor_parallel_weights
 from megatron_patch.train.step import backward
 from megatron_patch.train.weights import RandomWeights, load_weights
@@ -29,7 +34,23 @@ MODEL = ModelConfig(
     window_size=7,
     init_method_std=0.2,
 )
-TIED = ModelConfig(**{**MODEL.__dict__, "share_embeddings_and_output_weights": True})
+TIED = dataclasses.replace(MODEL, share_embeddings_and_output_weights=True)
+# Latent attention, a dense layer, then three experts: two ranks cannot share them equally.
+EXPERTS = dataclasses.replace(
+    MODEL,
+    rotary_interleaved=True,
+    num_moe_experts=3,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=24,
+    moe_first_dense_layers=1,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_pre_softmax=True,
+    q_lora_rank=12,
+    kv_lora_rank=20,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=12,
+)
 SAMPLES, LENGTH, MICRO_BATCH = 8, 16, 2
 
 
@@ -48,10 +69,15 @@ def micro_batches(rank: int, size: int) -> list[Batch]:
     return [Batch(*(t[s : s + MICRO_BATCH] for t in (whole.tokens, whole.labels, whole.loss_mask))) for s in starts]
 
 
+def family(config: ModelConfig) -> Family:
+    """One whose weights are those of `config`."""
+    return ALL["deepseek_v2" if config.is_mla else "mistral"]
+
+
 def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, steps: int = 0, dtype=torch.float32):
     """Loss, gradient norm and this rank's gradients of one accumulation; parameters after `steps` optimizer steps."""
     torch.set_default_dtype(dtype)
-    entries = manifest(ALL["mistral"], config)
+    entries = manifest(family(config), config)
     model = build_model(config, parallel, precision, mesh)
     load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
     optimizer = build_optimizer(OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10), model)
@@ -60,7 +86,11 @@ def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, st
         loss = backward(model, micro_batches(mesh.dp.rank, mesh.dp.size), mesh)
         if model.sequence_parallel:
             sum_sequence_parallel_gradients(model, entries, mesh.tp)
-        gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
+        gradients = {
+            entry: gradient
+            for name, parameter in model.named_parameters()
+            for entry, gradient in entry_tensors(name, _whole(parameter.grad))
+        }
         sharded = parallel.use_distributed_optimizer
         norm = clip_gradients(model, entries, mesh, limit=0.5, sharded=sharded)
         if steps > number:
@@ -77,3 +107,17 @@ def on_ranks(config: ModelConfig, parallel: ParallelConfig, world: int, precisio
     grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
     mesh = build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer)
     return step(config, parallel, precision, mesh, steps, dtype)
+
+
+def router_dtypes(config: ModelConfig, world: int) -> list[torch.dtype]:
+    """The type of each router's weight as its forward sees it, in a model that computes in bfloat16."""
+    mesh = build_mesh(Grid(tp=1, cp=1, ep=1, pp=1, world=world), torch.device("cpu"), sharded=True)
+    model = build_model(config, ParallelConfig(), "bf16", mesh)
+    entries = manifest(family(config), config)
+    load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_pre_hook(lambda router, _: seen.append(router.weight.dtype))
+    model(micro_batches(mesh.dp.rank, mesh.dp.size)[0].tokens)
+    return seen

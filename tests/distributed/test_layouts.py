@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layout_step import MODEL, TIED, global_batch, on_ranks, step
+from layout_step import EXPERTS, MODEL, TIED, family, global_batch, on_ranks, router_dtypes, step
 from megatron_patch.checkpoint.layouts import cut, join
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
@@ -25,7 +25,7 @@ def joined(config: ModelConfig, tp: int, world: int, results: list, what: int) -
     for rank in range(tp, world):
         for name, tensor in results[rank][what].items():
             assert torch.equal(tensor, results[rank % tp][what][name]), f"replicas differ in {name}"
-    entries = manifest(ALL["mistral"], config)
+    entries = manifest(family(config), config)
     return {e.mcore: join(e, [results[rank][what][e.mcore] for rank in range(tp)]) for e in entries}
 
 
@@ -58,6 +58,23 @@ def test_tied_embeddings_collect_both_gradients():
     assert results[0][0] == pytest.approx(loss, rel=1e-6)
     for parameter, gradient in joined(TIED, 2, 2, results, what=2).items():
         torch.testing.assert_close(gradient, gradients[parameter], rtol=0, atol=1e-5 * gradients[parameter].abs().max())
+
+
+@pytest.mark.parametrize("name", ["dp2-sharded", "dp2-replicated"])
+def test_data_parallel_experts_have_the_loss_and_gradients_of_one_process(name):
+    tp, sp, do, world = LAYOUTS[name]
+    loss, norm, gradients, _ = step(EXPERTS, ParallelConfig(), "fp32", single_process())
+    results = run_ranks(on_ranks, world, EXPERTS, layout(tp, sp, do), world, "fp32", 0, torch.float32)
+    for rank_loss, rank_norm, _, _ in results:
+        assert rank_loss == pytest.approx(loss, rel=1e-6)
+        assert rank_norm == pytest.approx(norm, rel=1e-5)
+    for parameter, gradient in joined(EXPERTS, tp, world, results, what=2).items():
+        error = (gradient - gradients[parameter]).abs().max() / gradients[parameter].abs().max()
+        assert error < 1e-5, f"{parameter}: {error:.1e}"
+
+
+def test_a_router_keeps_its_float32_weight_in_a_bf16_model():
+    assert run_ranks(router_dtypes, 2, EXPERTS, 2) == [[torch.float32]] * 2
 
 
 @pytest.mark.parametrize("name", ["tp2-sp-dp2-sharded", "tp2-dp2-replicated"])
