@@ -51,7 +51,7 @@ DEEPSEEK_V2 = Family(
     keys=DENSE_KEYS
     | ROTARY_KEYS
     | {
-        "kv_channels": Key((), of_config=lambda hf: hf.get("v_head_dim", VALUE_WIDTH)),  # no head has this one width
+        "kv_channels": Key((), of_config=lambda hf: hf.get("v_head_dim") or VALUE_WIDTH),  # no head has this one width
         "max_position_embeddings": Key(("max_position_embeddings",), 2048),
         "rotary_interleaved": Key((), True),
         "num_moe_experts": Key(("n_routed_experts",), 64, is_shape=True),
@@ -61,7 +61,7 @@ DEEPSEEK_V2 = Family(
             ("n_shared_experts",),
             2,
             is_shape=True,
-            read=lambda count, hf: count * hf.get("moe_intermediate_size", EXPERT_WIDTH),
+            read=lambda count, hf: count * (hf.get("moe_intermediate_size") or EXPERT_WIDTH),
             write=lambda c: c.moe_shared_expert_intermediate_size // c.moe_ffn_hidden_size,
         ),
         "moe_first_dense_layers": Key(("first_k_dense_replace",), 0, is_shape=True),

@@ -11,7 +11,7 @@ from megatron_patch.families.decoder import (
 )
 from megatron_patch.families.family import Family, Key
 
-LLAMA3_SCALING = {
+STRETCH = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
@@ -84,13 +84,13 @@ LLAMA = Family(
         "llama3.1-8B": {
             "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING,
+            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": STRETCH,
         },
         # https://huggingface.co/meta-llama/Llama-3.1-70B/blob/main/config.json
         "llama3.1-70B": {
             "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672,
             "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
-            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING,
+            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": STRETCH,
         },
     },
 )  # fmt: skip

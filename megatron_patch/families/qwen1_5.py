@@ -81,7 +81,7 @@ QWEN1_5_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
     keys=KEYS | {
-        "num_query_groups": Key(("num_key_value_heads",), 16, lambda hf: hf["num_attention_heads"], is_shape=True),
+        "num_query_groups": Key(("num_key_value_heads",), 16, is_shape=True),
         "add_qkv_bias": Key(("qkv_bias",), True),
         "num_moe_experts": Key(("num_experts",), 60, is_shape=True),
         "moe_router_topk": Key(("num_experts_per_tok",), 4),
