@@ -9,16 +9,29 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.checkpoint.assets import copy_assets, write_dtype
+from megatron_patch.checkpoint.assets import copy_assets, write_config, write_dtype
 from megatron_patch.checkpoint.atomic import replaced_directory
 from megatron_patch.checkpoint.cast import DTYPES, Cast
 from megatron_patch.checkpoint.formats import FORMATS, detect_format
 from megatron_patch.checkpoint.interface import Source, Target
+from megatron_patch.checkpoint.upcycle import upcycle
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
-from megatron_patch.families.resolve import Resolved, from_checkpoint
+from megatron_patch.families.resolve import Resolved, from_checkpoint, read_config
+from megatron_patch.families.upcycle import Upcycling, resolve_upcycled, upcycled_hf_config
 
 _COMMAND = "python3 -m megatron_patch.convert"
+# Behind `--upcycle-`: the field of Upcycling.
+_UPCYCLING = {
+    "experts": "num_moe_experts",
+    "topk": "moe_router_topk",
+    "splits": "num_splits",
+    "ffn": "moe_ffn_hidden_size",
+    "shared": "moe_shared_expert_intermediate_size",
+    "pre_softmax": "moe_router_pre_softmax",
+    "padding": "padding",
+    "seed": "seed",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Job:
     assets: Path | None = None
     model_size: str = "auto"
     overwrite: bool = False
+    upcycling: Upcycling | None = None  # make a dense source a mixture of experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +61,8 @@ class Summary:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit status 2 for arguments that cannot work, 1 for a checkpoint that cannot be converted."""
     parser = _parser()
-    job = _job(parser.parse_args(argv))
     try:
+        job = _job(parser.parse_args(argv))
         check_paths(job)
     except ValueError as error:
         parser.error(str(error))
@@ -73,16 +87,24 @@ def convert(job: Job) -> Summary:
     check_paths(job)
     found, wanted = detect_format(job.source), FORMATS[job.format]
     resolved, assets = resolve_architecture(job)
-    entries, config = manifest(resolved.family, resolved.config), resolved.config
+    stored = manifest(resolved.family, resolved.config)
+    family, config = resolved.family, resolved.config
+    if job.upcycling:
+        family, config = resolve_upcycled(config, job.upcycling)
+    entries = manifest(family, config)
     target = Target(**{name: value for name, value in job.layout.items() if name in wanted.options})
     wanted.check(entries, config, target)
-    source = found.open(job.source, entries, config)
+    source = found.open(job.source, stored, resolved.config)
     _check_layout_arguments(job, source)
+    if job.upcycling:
+        source = upcycle(source, stored, job.upcycling)
     if job.dtype is not None:
         source = Cast(source, job.dtype)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     with replaced_directory(job.target) as partial:
         copy_assets(assets, partial)
+        if job.upcycling:
+            write_config(partial, upcycled_hf_config(read_config(assets), family, config, "float32"))
         write_dtype(partial, str(source.dtype).removeprefix("torch."))
         written = wanted.write(partial, entries, config, source, target)
     return Summary(written.tensors, written.bytes, (*resolved.warnings, *_without_effect(job, source)))
@@ -162,6 +184,15 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--first-stage-layers", type=_count, help="layers of the first stage; default: even")
     layout.add_argument("--transformer-impl", choices=("te", "local"), help="parameter names of mcore; default: te")
     layout.add_argument("--experts", choices=("sequential", "grouped"), help="names of experts; default: sequential")
+    mixture = parser.add_argument_group("upcycling: a dense source becomes a mixture of experts made from its MLP")
+    mixture.add_argument("--upcycle-experts", type=_count, help="routed experts of every layer")
+    mixture.add_argument("--upcycle-topk", type=_count, help="experts each token is sent to")
+    mixture.add_argument("--upcycle-splits", type=_count, help="parts of the MLP, one to an expert; default: 1, copies")
+    mixture.add_argument("--upcycle-ffn", type=_count, help="width of an expert; default: that of its part")
+    mixture.add_argument("--upcycle-shared", type=_count, help="width of a random shared expert; default: none")
+    mixture.add_argument("--upcycle-pre-softmax", action="store_true", default=None, help="no renormalised weights")
+    mixture.add_argument("--upcycle-padding", choices=("normal", "zeros"), help="what widens a part; default: normal")
+    mixture.add_argument("--upcycle-seed", type=_count, help="of the router and all other draws; default: 1234")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="convert every tensor; default: as stored")
     parser.add_argument("--assets", type=Path, metavar="DIR", help="config.json and tokenizer to carry; default: SRC's")
     parser.add_argument("--model-size", default="auto", help="hold config.json against a named size")
@@ -180,7 +211,15 @@ def _job(arguments: argparse.Namespace) -> Job:
     values = vars(arguments)
     layout = {field.name: values.pop(field.name) for field in dataclasses.fields(Target)}
     named = {name: value for name, value in layout.items() if value is not None}
-    return Job(**values | {"dtype": DTYPES.get(values["dtype"]), "layout": named})
+    upcycling = {field: values.pop(f"upcycle_{name}") for name, field in _UPCYCLING.items()}
+    return Job(**values | {"dtype": DTYPES.get(values["dtype"]), "layout": named, "upcycling": _upcycling(upcycling)})
+
+
+def _upcycling(values: Mapping[str, int | str | None]) -> Upcycling | None:
+    said = {name: value for name, value in values.items() if value is not None}
+    if said and not {"num_moe_experts", "moe_router_topk"} <= said.keys():
+        raise ValueError("upcycling needs both --upcycle-experts and --upcycle-topk")
+    return Upcycling(**said) if said else None
 
 
 if __name__ == "__main__":

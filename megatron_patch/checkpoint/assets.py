@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _PATTERNS = (
     "config.json",
@@ -33,10 +35,15 @@ def copy_assets(source: Path, target: Path) -> list[str]:
     return [str(path.relative_to(source)) for path in found]
 
 
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Replace `directory`/config.json."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def write_dtype(directory: Path, dtype: str) -> None:
     """Make `directory`/config.json say `dtype` (`bfloat16` …): transformers loads weights in what it says."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"
     if config.get(key) != dtype:
-        path.write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", encoding="utf-8")
+        write_config(directory, config | {key: dtype})
