@@ -6,8 +6,20 @@ Modules are imported as late as their stage needs them: a wrong count or value i
 import os
 import sys
 
-from megatron_patch.launch.positional import Request, UsageError, divide, numbered, place, read, read_variables, typed
-from megatron_patch.launch.tables import DRY_RUN, LAUNCHERS, Launcher
+from megatron_patch.launch.launcher import Launcher
+from megatron_patch.launch.positional import (
+    Request,
+    UsageError,
+    choose,
+    divide,
+    numbered,
+    place,
+    read,
+    read_flags,
+    read_variables,
+    typed,
+)
+from megatron_patch.launch.tables import DRY_RUN, LAUNCHERS
 from megatron_patch.launch.unbuilt import check_built
 
 
@@ -18,7 +30,7 @@ def main(argv: list[str]) -> int:
         print(f"megatron_patch.launch: {name!r} is no launcher; there are {', '.join(LAUNCHERS)}", file=sys.stderr)
         return 2
     if argv[1:2] in (["-h"], ["--help"]):
-        print(numbered(LAUNCHERS[name].table, []))
+        print("\n\n".join(numbered(table, []) for table in LAUNCHERS[name].tables))
         return 0
     try:
         request = _request(LAUNCHERS[name], argv[1:])
@@ -32,12 +44,18 @@ def main(argv: list[str]) -> int:
 
 
 def _request(launcher: Launcher, argv: list[str]) -> Request:
-    given, options = divide(argv)
-    values = read(launcher.table, given) | read_variables(launcher.variables, os.environ)
+    if launcher.is_flags:
+        table = launcher.tables[0]
+        values, options = read_flags(table, argv)
+        texts = {}
+    else:
+        given, options = divide(argv)
+        table = choose(launcher.tables, given)
+        values, texts = read(table, given), typed(table, given)
+    values |= read_variables(launcher.variables, os.environ)
     is_dry = read_variables((DRY_RUN,), os.environ)[DRY_RUN.name]
-    check_built(launcher.unbuilt, values, lambda name: place(launcher.table, name))
-    texts = typed(launcher.table, given)
-    return Request(launcher.table, values, texts, options, os.environ, launcher.families, is_dry)
+    check_built(launcher.unbuilt, values, lambda name: place(table, name))
+    return Request(table, values, texts, options, os.environ, launcher.families, is_dry, launcher.format)
 
 
 def _plan(module: str, request: Request) -> dict[str, object]:

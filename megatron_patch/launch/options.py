@@ -1,7 +1,7 @@
 """What follows the positionals: `--flag value` settings that override the derived ones."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_patch.config.flags import from_flags, known_flags, to_flags
 from megatron_patch.config.run import RunConfig
@@ -15,6 +15,15 @@ def check_options(options: Iterable[str], known: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def option_value(options: Sequence[str], name: str) -> str | None:
+    """What follows `name` in `options`; None where it is not there."""
+    for number, text in enumerate(options, 1):
+        flag, has_value, value = text.partition("=")
+        if flag == name:
+            return value if has_value else next(iter(options[number:]), None)
+    return None
 
 
 def settings() -> list[str]:

@@ -1,4 +1,4 @@
-"""Positional arguments as numbered tables, and the one parser that reads a command line against them.
+"""Arguments as tables, positionals numbered and flags named, and the one parser that reads a command line.
 
 A refused command ends here, so nothing is imported that Python's own start-up has not imported already.
 """
@@ -23,6 +23,12 @@ class Arg:
         self.name, self.parse, self.allowed, self.default = name, parse, allowed, default
 
 
+class Switch(Arg):
+    """A flag that may stand alone, and then means true."""
+
+    __slots__ = ()
+
+
 Table = tuple[Arg, ...]
 
 
@@ -32,21 +38,82 @@ def divide(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:first]), list(argv[first:])
 
 
+def choose(tables: Sequence[Table], given: Sequence[str]) -> Table:
+    """The first of `tables` that `given` fits: by count, and by value where one fits. Raises UsageError for none."""
+    fitting = [table for table in tables if len(given) in counts(table)]
+    if not fitting:
+        allowed = sorted({count for table in tables for count in counts(table)})
+        is_range = allowed == list(range(allowed[0], allowed[-1] + 1))
+        ends = dict.fromkeys((allowed[0], allowed[-1])) if is_range else allowed
+        wanted = (" to " if is_range else " or ").join(map(str, ends))
+        raise UsageError(f"{wanted} arguments are needed, {len(given)} were given\n{numbered(tables[0], given)}")
+    return next((table for table in fitting if not _wrong(table, given)), fitting[0])
+
+
+def counts(table: Table) -> range:
+    """How many arguments `table` takes: those with a default may be left out."""
+    return range(sum(arg.default is None for arg in table), len(table) + 1)
+
+
 def read(table: Table, given: Sequence[str]) -> dict[str, object]:
-    """Name → value of every positional. Raises UsageError for a wrong count, and for all wrong values together."""
-    least = sum(arg.default is None for arg in table)
-    if not least <= len(given) <= len(table):
-        wanted = f"{least}" if least == len(table) else f"{least} to {len(table)}"
-        raise UsageError(f"{wanted} arguments are needed, {len(given)} were given\n{numbered(table, given)}")
-    values, wrong = {}, []
-    for number, (arg, text) in enumerate(zip(table, typed(table, given).values(), strict=True), 1):
-        try:
-            values[arg.name] = arg.parse(text)
-        except ValueError:
-            wrong.append(f"argument {number} ({arg.name}) is {text!r}; allowed: {arg.allowed}")
+    """Name → value of every positional; `given` has a valid length. Raises UsageError for all wrong values together."""
+    wrong = _wrong(table, given)
     if wrong:
         raise UsageError("\n".join(wrong))
-    return values
+    return {arg.name: arg.parse(text) for arg, text in zip(table, typed(table, given).values(), strict=True)}
+
+
+def _wrong(table: Table, given: Sequence[str]) -> list[str]:
+    sentences = []
+    for number, (arg, text) in enumerate(zip(table, typed(table, given).values(), strict=True), 1):
+        try:
+            arg.parse(text)
+        except ValueError:
+            sentences.append(f"argument {number} ({arg.name}) is {text!r}; allowed: {arg.allowed}")
+    return sentences
+
+
+def read_flags(table: Table, argv: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Name → value of the `--flags` in `table`, and the options that are not in it.
+
+    Raises UsageError for all that are missing or have wrong values together, and for a text that follows no flag.
+    """
+    texts, others = _flag_texts(table, argv)
+    values, wrong = {}, []
+    for arg in table:
+        text = texts.get(arg.name, arg.default)
+        try:
+            if text is None:
+                wrong.append(f"{arg.name} is missing; allowed: {arg.allowed}")
+            else:
+                values[arg.name] = arg.parse(text)
+        except ValueError:
+            wrong.append(f"{arg.name} is {text!r}; allowed: {arg.allowed}")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return values, others
+
+
+def _flag_texts(table: Table, argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    flags, texts, others, rest = {arg.name: arg for arg in table}, {}, [], list(argv)
+    while rest:
+        name, has_value, text = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise UsageError(f"{name!r} follows no flag; the flags are {', '.join(flags)}")
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if name not in flags:
+            others += [name + has_value + text, *values]
+            continue
+        values = [text] if has_value else values
+        if isinstance(flags[name], Switch) and not values:
+            values = ["true"]
+        if len(values) != 1 or name in texts:
+            told = "given twice" if name in texts else f"followed by {len(values)} values, not one"
+            raise UsageError(f"{name} is {told}; allowed: {flags[name].allowed}")
+        texts[name] = values[0]
+    return texts, others
 
 
 def typed(table: Table, given: Sequence[str]) -> dict[str, str]:
@@ -86,15 +153,17 @@ def numbered(table: Table, given: Sequence[str]) -> str:
 
 
 def place(table: Table, name: str) -> str:
-    """How a message names an argument: `argument 10 (TP)`, or the environment variable."""
+    """How a message names an argument: `argument 10 (TP)`, `--load-dir`, or the environment variable."""
     names = [arg.name for arg in table]
+    if name.startswith("--"):
+        return name
     return f"argument {names.index(name) + 1} ({name})" if name in names else f"environment variable {name}"
 
 
 class Request:
-    """One checked command line: values of positionals and variables together, texts as typed, what follows them."""
+    """One checked command line: values of arguments and variables together, texts as typed, what follows them."""
 
-    __slots__ = ("environ", "families", "is_dry", "options", "table", "texts", "values")
+    __slots__ = ("environ", "families", "format", "is_dry", "options", "table", "texts", "values")
 
     def __init__(
         self,
@@ -105,10 +174,15 @@ class Request:
         environ: Mapping[str, str],
         families: tuple[str, ...] = (),
         is_dry: bool = False,
+        format: str = "",
     ) -> None:
         self.table, self.values, self.texts, self.options = table, values, texts, options
-        self.environ, self.families, self.is_dry = environ, families, is_dry
+        self.environ, self.families, self.is_dry, self.format = environ, families, is_dry, format
+
+    def where(self, name: str) -> str:
+        """How a message names the argument or variable `name`."""
+        return place(self.table, name)
 
     def arguments(self) -> dict[str, object]:
-        """Name → value of the positionals alone."""
+        """Name → value of the arguments alone, without variables."""
         return {arg.name: self.values[arg.name] for arg in self.table}

@@ -4,13 +4,13 @@ from megatron_patch.families.resolve import Resolved, from_checkpoint, preset
 from megatron_patch.launch.positional import Request, UsageError, place
 
 
-def resolve_size(request: Request, directory: str | None) -> tuple[Resolved, list[str]]:
-    """The architecture, and what is not there yet. `directory` is None where nothing is loaded.
+def resolve_size(request: Request, directory: str | None, size: str = "") -> tuple[Resolved, list[str]]:
+    """The architecture, and what is not there yet. `directory` is None where nothing is loaded, `size` is MODEL_SIZE.
 
     A size has an architecture of its own where the checkpoint is missing. Raises UsageError for `auto` without a
     checkpoint, ValueError for a checkpoint that contradicts the size.
     """
-    size = request.values["MODEL_SIZE"]
+    size = size or request.values["MODEL_SIZE"]
     if directory is None:
         if size == "auto":
             where = place(request.table, "MODEL_SIZE")

@@ -1,16 +1,23 @@
-"""The positional tables, the environment variables, and which launcher uses which: the only home of Pai's capitals."""
+"""The tables of training and preprocessing, the environment variables, and every launcher by name."""
 
 from megatron_patch.launch import unbuilt
+from megatron_patch.launch.conversion_tables import CONVERTERS
+from megatron_patch.launch.launcher import PP0_LAYERS, Launcher, size
 from megatron_patch.launch.positional import Arg, Table
-from megatron_patch.launch.values import count, keys, number, on_or_off, one_of, recomputation, switch, whole, words
-
-WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
-
-
-def size(*names: str) -> Arg:
-    """MODEL_SIZE of a launcher whose documents name these sizes."""
-    return Arg("MODEL_SIZE", one_of(*names, "auto"), f"{', '.join(names)} or auto (from config.json)")
-
+from megatron_patch.launch.values import (
+    COUNT,
+    SWITCH,
+    WHOLE,
+    count,
+    keys,
+    number,
+    on_or_off,
+    one_of,
+    recomputation,
+    switch,
+    whole,
+    words,
+)
 
 TRAINING: Table = (
     Arg("ENV", one_of("dsw", "dlc"), "dsw (this machine) or dlc (several nodes)"),
@@ -39,22 +46,6 @@ TRAINING: Table = (
     Arg("TRAIN_TOKENS_OR_ITERS", count, f"{COUNT}: tokens, or iterations when SFT=true"),
     Arg("WARMUP_TOKENS_OR_ITERS", whole, f"{WHOLE}: tokens, or iterations when SFT=true"),
     Arg("OUTPUT_BASEPATH", words, "the directory for checkpoints and logs"),
-)
-
-CONVERSION: Table = (
-    size("7B", "8x7B"),
-    Arg("HG_CKPT_PATH", words, "the Hugging Face directory with config and tokenizer files"),
-    Arg("MEGATRON_PATH", str, "anything: accepted and ignored"),
-    Arg("SOURCE_CKPT_PATH", words, "the directory to read"),
-    Arg("TARGET_CKPT_PATH", words, "the directory to write"),
-    Arg("TP", count, f"{COUNT}: tensor-parallel ranks"),
-    Arg("PP", count, f"{COUNT}: pipeline stages"),
-    Arg("EXTRA_VOCAB_SIZE", whole, f"{WHOLE}: embedding rows to add"),
-    Arg("NUM_EXPERTS", whole, f"{WHOLE}; 0: dense"),
-    Arg("EXPERTS_TOPK", whole, f"{WHOLE}; 0: dense"),
-    Arg("EP", whole, f"{WHOLE}: expert-parallel ranks; 0: dense"),
-    Arg("mg2hf", switch, f"{SWITCH}: convert back to Hugging Face"),
-    Arg("WS", whole, f"{WHOLE}: world size of an 8x7B", default="0"),
 )
 
 # Tokenizer names that documents pass, and the output prefix each has always had.
@@ -87,35 +78,12 @@ VARIABLES: Table = (
     Arg("MP_SFT_PACKING", switch, SWITCH, default="false"),
     Arg("MP_VP", whole, f"{WHOLE}: layers per virtual pipeline stage; 0: none", default="0"),
     Arg("MP_AC_LAYERS", whole, f"{WHOLE}: layers recomputed or offloaded together", default="0"),
-    Arg("MP_PP0_LAYERS", whole, f"{WHOLE}: layers of the first pipeline stage", default="0"),
+    PP0_LAYERS,
 )
-
-
-class Launcher:
-    """What one `.sh` runs: the module that plans it, its tables, what it refuses for now, the families it serves."""
-
-    __slots__ = ("families", "module", "table", "unbuilt", "variables")
-
-    def __init__(
-        self,
-        module: str,
-        table: Table,
-        *,
-        variables: Table = (),
-        unbuilt: tuple[unbuilt.Line, ...] = (),
-        families: tuple[str, ...] = (),
-    ) -> None:
-        self.module, self.table, self.variables, self.unbuilt, self.families = (
-            module,
-            table,
-            variables,
-            unbuilt,
-            families,
-        )
 
 
 LAUNCHERS = {
     "mistral": Launcher("training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral",)),
-    "mistral-convert": Launcher("conversion", CONVERSION, unbuilt=unbuilt.CONVERSION, families=("mistral",)),
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
+    **CONVERTERS,
 }

@@ -25,15 +25,6 @@ TRAINING: tuple[Line, ...] = (
     ),
 )
 
-CONVERSION: tuple[Line, ...] = (
-    ("MODEL_SIZE", lambda v: v["MODEL_SIZE"] == "8x7B", "the Mixtral family", "7B or auto"),
-    ("PP", lambda v: v["PP"] > 1, "pipeline parallelism", "1"),
-    ("EXTRA_VOCAB_SIZE", lambda v: v["EXTRA_VOCAB_SIZE"] > 0, "adding rows beyond config.json's vocab_size", "0"),
-    ("NUM_EXPERTS", lambda v: v["NUM_EXPERTS"] > 0, "turning a dense model into experts", "0"),
-    ("EXPERTS_TOPK", lambda v: v["EXPERTS_TOPK"] > 0, "turning a dense model into experts", "0"),
-    ("EP", lambda v: v["EP"] > 1, "expert parallelism", "0"),
-)
-
 
 def check_built(lines: tuple[Line, ...], values: Mapping[str, object], where: Callable[[str], str]) -> None:
     """Raise UsageError naming every value that a later version will accept; lines of absent names do not apply.

@@ -1,8 +1,9 @@
 """What a positional's text may be: parsers that return a value or raise ValueError."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 LARGEST_EXACT_FLOAT = 2**53
+WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
 
 
 def whole(text: str) -> int:
@@ -79,3 +80,21 @@ def words(text: str) -> str:
     if not text.strip():
         raise ValueError("empty")
     return text
+
+
+def optional(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """`parse`, or None for an empty text: nothing was said."""
+    return lambda text: parse(text) if text else None
+
+
+def named(sizes: Mapping[str, str]) -> Callable[[str], str]:
+    """A model name such as `mistral-7b`, in any case; the value is its size. A name that ends in `*` is a prefix."""
+
+    def parse(text: str) -> str:
+        for name, size in sizes.items():
+            lowered = text.lower()
+            if lowered == name or (name.endswith("*") and lowered.startswith(name[:-1])):
+                return size
+        raise ValueError(f"{text} is not one of {', '.join(sizes)}")
+
+    return parse

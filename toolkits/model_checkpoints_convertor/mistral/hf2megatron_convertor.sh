@@ -1,0 +1,20 @@
+#!/bin/sh
+# Convert a Mistral checkpoint between Hugging Face and Megatron-LM's own format. 8 positionals.
+#
+#   1 MEGATRON_PATH      accepted and ignored
+#   2 SOURCE_CKPT_PATH   directory to read; of a Megatron checkpoint also its release or iter_NNNNNNN
+#   3 TARGET_CKPT_PATH   directory to write; it appears complete or not at all
+#   4 TP  5 PP           tensor- and pipeline-parallel ranks of the Megatron side
+#   6 MN                 mistral-7b | auto (from config.json)
+#   7 EXTRA_VOCAB_SIZE   vocab_size of config.json less the tokenizer's: checked, never added | 0: not used
+#   8 mg2hf              true: back to Hugging Face, with the config.json that stands beside the checkpoint | false
+#
+# What stands in TARGET_CKPT_PATH is kept, unless it is a checkpoint and --overwrite is passed; tensors keep their type,
+# unless --dtype fp32|fp16|bf16 is. MP_DRY_RUN=1 prints the plan and starts nothing.
+#
+#   sh hf2megatron_convertor.sh ../../../ /mnt/mistral-ckpts/Mistral-7B-v0.1-hf-to-megatron-tp4-pp1/release \
+#     /mnt/mistral-ckpts/Mistral-7B-v0.1-megatron-to-hf 4 1 mistral-7b 0 true
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../../.." && pwd)
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH
+exec python3 -m megatron_patch.launch mistral-megatron "$@"
