@@ -145,8 +145,8 @@ def _check_same(assets: Resolved, source: Resolved, job: Job) -> None:
     if assets.family is not source.family:
         raise ValueError(f"architectures is {assets.family.architecture} in {job.assets}, not so in {job.source}")
     for field, key in source.family.keys.items():
-        ours, theirs = getattr(assets.config, field), getattr(source.config, field)
-        if ours != theirs:
+        ours, theirs = key.written(field, assets.config), key.written(field, source.config)
+        if ours != theirs and key.hf:
             raise ValueError(f"{key.hf[0]} is {ours} in {job.assets}/config.json and {theirs} in {job.source}")
 
 
