@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -29,7 +30,6 @@ from megatron_patch.checkpoint.rows import Band, Move, trace
 from megatron_patch.families.manifest import Entry
 
 CHUNK_BYTES = 16 << 20
-FLUSH_BYTES = 64 << 20  # written back while the next tensors are read, not all at the end
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def fill(places: list[Place], source: Source) -> Written:
     if paths:
         check_space(paths[0].parent, total)
     nan: set[str] = set()
-    jobs = [functools.partial(_fill_entry, source, entry_places, nan) for entry_places in by_entry.values()]
+    locks = {path: threading.Lock() for path in paths}
+    jobs = [functools.partial(_fill_entry, source, entry_places, locks, nan) for entry_places in by_entry.values()]
     run_in_threads(jobs, total, "writing")
     run_in_threads([functools.partial(_synchronise, path) for path in paths], 0, "flushing")
     return Written(len(by_entry), total, tuple(sorted(nan)))
@@ -146,7 +147,7 @@ def _storages(path: Path) -> Iterator[tuple[int, int]]:
             yield record.header_offset + 30 + name + extra, record.file_size
 
 
-def _fill_entry(source: Source, places: list[Place], nan: set[str]) -> int:
+def _fill_entry(source: Source, places: list[Place], locks: Mapping[Path, threading.Lock], nan: set[str]) -> int:
     """Write one parameter everywhere it goes, and return the bytes written."""
     entry = places[0].piece.entry
     parts = source.parts(entry) if isinstance(source, PartedSource) else [source.read(entry)]
@@ -159,9 +160,8 @@ def _fill_entry(source: Source, places: list[Place], nan: set[str]) -> int:
                 check_range(entry, chunk, was_rounded=parts[0].dtype != dtype)
                 if holds_nan(chunk):
                     nan.add(entry.mcore)
-                offset += _write(file.fileno(), place.path, chunk, offset)
-            if offset - start >= FLUSH_BYTES:
-                os.fdatasync(file.fileno())
+                with locks[place.path]:  # the kernel has writers of one file spin, and they would take a core each
+                    offset += _write(file.fileno(), place.path, chunk, offset)
         if offset - start != _bytes(place.piece, source):
             raise AssertionError(f"{entry.mcore}: {offset - start} bytes came for a piece of shape {place.piece.shape}")
         done += offset - start
