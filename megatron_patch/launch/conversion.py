@@ -27,8 +27,15 @@ from megatron_patch.plan.weights import TRACKER
 
 OPTIONS = (
     *("--dtype", "--overwrite", "--transformer-impl", "--experts", "--etp", "--vp", "--assets"),
-    *("--verify", "--verify-logits"),
+    *("--verify", "--verify-logits", "--upcycle-padding", "--upcycle-pre-softmax", "--upcycle-seed"),
 )
+UPCYCLING = {
+    "num_moe_experts": "--upcycle-experts",
+    "moe_router_topk": "--upcycle-topk",
+    "num_splits": "--upcycle-splits",
+    "moe_ffn_hidden_size": "--upcycle-ffn",
+    "moe_shared_expert_intermediate_size": "--upcycle-shared",
+}
 ITERATION = re.compile(r"release|iter_\d{7}")
 
 
@@ -172,8 +179,10 @@ def _layout(v: Mapping[str, Any], *, is_back: bool) -> dict[str, int | str | Non
 
 def _changed(how: Upcycling | None) -> dict[str, Any]:
     """The flags of what is not at its default."""
-    values = {f.name: (getattr(how, f.name), f.default) for f in fields(how)} if how else {}
-    return {"--" + name.replace("_", "-"): value for name, (value, default) in values.items() if value != default}
+    if how is None:
+        return {}
+    defaults = {item.name: item.default for item in fields(how)}
+    return {flag: getattr(how, name) for name, flag in UPCYCLING.items() if getattr(how, name) != defaults[name]}
 
 
 def _has_grown(source: str, assets: str) -> bool:

@@ -13,8 +13,8 @@
 # What stands in TARGET_CKPT_PATH is kept, unless it is a checkpoint and --overwrite is passed; tensors keep their type,
 # unless --dtype fp32|fp16|bf16 is. MP_DRY_RUN=1 prints the plan and starts nothing.
 #
-#   sh hf2megatron_convertor.sh ../../../ /mnt/llama2-ckpts/Llama-2-7b-hf /mnt/llama2-ckpts/Llama-2-7b-hf-to-megatron-tp2-pp1 \
-#     2 1 llama2-7b 0 false
+#   sh hf2megatron_convertor.sh ../../../ /mnt/llama2-ckpts/Llama-2-7b-hf \
+#     /mnt/llama2-ckpts/Llama-2-7b-hf-to-megatron-tp2-pp1 2 1 llama2-7b 0 false
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../../.." && pwd)
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH

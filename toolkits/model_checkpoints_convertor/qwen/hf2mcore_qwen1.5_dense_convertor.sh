@@ -12,8 +12,8 @@
 # unless --dtype fp32|fp16|bf16 is. MP_DRY_RUN=1 prints the plan and starts nothing.
 # MP_PP0_LAYERS=N gives the first of several pipeline stages N layers.
 #
-#   sh hf2mcore_qwen1.5_dense_convertor.sh 0.5B /mnt/qwen-ckpts/Qwen1.5-0.5B /mnt/qwen-ckpts/Qwen1.5-0.5B-to-mcore-tp2-pp2 \
-#     2 2 false /mnt/qwen-ckpts/Qwen1.5-0.5B
+#   sh hf2mcore_qwen1.5_dense_convertor.sh 0.5B /mnt/qwen-ckpts/Qwen1.5-0.5B \
+#     /mnt/qwen-ckpts/Qwen1.5-0.5B-to-mcore-tp2-pp2 2 2 false /mnt/qwen-ckpts/Qwen1.5-0.5B
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../../.." && pwd)
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH

@@ -12,8 +12,8 @@
 # What stands in TARGET_CKPT_PATH is kept, unless it is a checkpoint and --overwrite is passed; tensors keep their type,
 # unless --dtype fp32|fp16|bf16 is. MP_DRY_RUN=1 prints the plan and starts nothing.
 #
-#   sh hf2megatron_convertor.sh ../../../ /mnt/qwen-ckpts/Qwen1.5-0.5B /mnt/qwen-ckpts/Qwen1.5-0.5B-to-megatron-tp1-pp1 \
-#     1 1 qwen1.5-0.5b 293 false
+#   sh hf2megatron_convertor.sh ../../../ /mnt/qwen-ckpts/Qwen1.5-0.5B \
+#     /mnt/qwen-ckpts/Qwen1.5-0.5B-to-megatron-tp1-pp1 1 1 qwen1.5-0.5b 293 false
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../../.." && pwd)
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH
