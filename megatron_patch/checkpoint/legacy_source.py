@@ -7,8 +7,8 @@ import argparse
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +69,34 @@ class LegacySource:
 
     def read(self, entry: Entry) -> Tensor:
         """The full mcore tensor, `entry.shape`. Raises ValueError where replicas differ."""
+        return self.assemble(entry, self.parts(entry))
+
+    def parts(self, entry: Entry) -> list[Tensor]:
+        """The stored tensors; those that are not made of the entry's rows are put together first."""
         place = self.places[entry.mcore]
-        first, *others = place.ep_ranks
-        whole = self._joined(place, first)
-        for ep_rank in others:
-            if not same_bits(whole, self._joined(place, ep_rank)):
-                raise ValueError(f"{self.directory}: expert ranks {first} and {ep_rank} differ in {entry.mcore}")
-        return whole
+        stored = list(self._stored(place))
+        if place.item.packing.moves_rows:
+            return [part for parts in stored for part in parts]
+        return [_joined(place, entry.shape, stored)]
+
+    def assemble(self, entry: Entry, parts: list[Tensor]) -> Tensor:
+        """The full tensor of `parts`."""
+        place = self.places[entry.mcore]
+        if not place.item.packing.moves_rows:
+            return parts[0]
+        count = len(place.item.keys)
+        return _joined(place, entry.shape, [parts[start : start + count] for start in range(0, len(parts), count)])
 
     def check_optional(self, place: Place) -> None:
         """Raise ValueError where a copy, or a tensor that must be zero, is there and is not what it should be."""
         (key,), (entry,) = place.item.keys, place.item.entries
-        for ep_rank in place.ep_ranks:
-            files = self._files(place, ep_rank)
-            if not all(key in file for file in files):
-                continue
-            if place.item.packing is ZEROS and any(file[key].any() for file in files):
-                raise ValueError(f"{self.directory}: {key} is not zero, and no other format has a place for it")
-            if place.item.is_copy and not same_bits(self._joined(place, ep_rank), self.read(entry)):
+        if not all(key in self.files[rank] for rank in self._ranks(place)):
+            return
+        if place.item.packing is ZEROS and any(self.files[rank][key].any() for rank in self._ranks(place)):
+            raise ValueError(f"{self.directory}: {key} is not zero, and no other format has a place for it")
+        if place.item.is_copy:
+            copy = _joined(place, entry.shape, list(self._stored(place)))
+            if not same_bits(copy, self.read(entry)):
                 raise ValueError(f"{self.directory}: {key} differs from {entry.mcore}, which it must repeat")
 
     def describe(self) -> str:
@@ -94,14 +104,31 @@ class LegacySource:
         sizes = " ".join(f"{name} {size}" for name, size in self.layout.items() if size > 1 or name == "tp")
         return f"{self.format} {self.directory.name}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
 
-    def _files(self, place: Place, ep_rank: int) -> list[File]:
-        return [self.files[tp_rank, place.stage, ep_rank] for tp_rank in range(self.target.tp)]
+    def _ranks(self, place: Place) -> list[Rank]:
+        return [(tp_rank, place.stage, ep_rank) for tp_rank in range(self.target.tp) for ep_rank in place.ep_ranks]
 
-    def _joined(self, place: Place, ep_rank: int) -> Tensor:
-        item = place.item
-        files = self._files(place, ep_rank)
-        shards = [item.shard([file[key] for key in item.keys], place.index) for file in files]
-        return join(item.entries[place.index], shards)
+    def _stored(self, place: Place) -> Iterator[list[Tensor]]:
+        """The parts of each shard, once its replicas are found to be equal."""
+        ranks, copies = self._ranks(place), len(place.ep_ranks)
+        if place.item.entries[place.index].shard is None:
+            copies *= self.target.tp
+        for start in range(0, len(ranks), copies):
+            first = self._parts(place, ranks[start])
+            for rank in ranks[start + 1 : start + copies]:
+                if not all(map(same_bits, first, self._parts(place, rank))):
+                    name = place.item.entries[place.index].mcore
+                    raise ValueError(
+                        f"{self.directory}: ranks {ranks[start]} and {rank} hold different copies of {name}"
+                    )
+            yield first
+
+    def _parts(self, place: Place, rank: Rank) -> list[Tensor]:
+        return place.item.parts([self.files[rank][key] for key in place.item.keys], place.index)
+
+
+def _joined(place: Place, shape: tuple[int, ...], stored: list[list[Tensor]]) -> Tensor:
+    shards = [place.item.packing.whole(parts) for parts in stored]
+    return join(replace(place.item.entries[place.index], shape=shape), shards)
 
 
 def spelling_of(directory: Path) -> Spelling | None:

@@ -62,13 +62,13 @@ class Item:
         count, (rows, *columns) = len(self.entries), part_shape
         return (rows, count * columns[0]) if self.packing.is_wide else (count * rows, *columns)
 
-    def shard(self, tensors: list[Tensor], index: int) -> Tensor:
-        """The shard of `entries[index]`, a view where that is possible."""
+    def parts(self, tensors: list[Tensor], index: int) -> list[Tensor]:
+        """The parts that `tensors`, in the order of `keys`, hold of the shard of `entries[index]`: views."""
         count = len(self.entries)
         if count == 1:
-            return self.packing.whole(tensors)
-        rows = tensors[0].shape[0] if self.packing.is_wide else tensors[0].shape[0] // count
-        return self.packing.whole([tensor.reshape(count, rows, -1)[index] for tensor in tensors])
+            return tensors
+        rows = len(tensors[0]) if self.packing.is_wide else len(tensors[0]) // count
+        return [tensor.reshape(count, rows, -1)[index] for tensor in tensors]
 
 
 @dataclass(frozen=True)
