@@ -56,7 +56,7 @@ ROTARY_KEYS = {
     "high_freq_factor": _scaling("high_freq_factor", None, "llama3"),
     "beta_fast": _scaling("beta_fast", 32.0, "yarn"),
     "beta_slow": _scaling("beta_slow", 1.0, "yarn"),
-    "mscale": _scaling("mscale", 1.0, "yarn"),
+    "mscale": _scaling("mscale", 0.0, "yarn"),
     "mscale_all_dim": _scaling("mscale_all_dim", 0.0, "yarn"),
 }
 

@@ -43,7 +43,7 @@ class Key:
     def found(self, hf: Mapping[str, Any]) -> Any:
         """The value that `hf` holds; None where it holds none. Raises ValueError when two spellings disagree."""
         held = {name: value for name in self.hf if (value := _descend(hf, name)) is not None}
-        if len(set(map(repr, held.values()))) > 1:
+        if any(value != other for value in held.values() for other in held.values()):
             spelled = " and ".join(f"{name} is {value!r}" for name, value in held.items())
             raise ValueError(f"config.json: {spelled}; they are one setting, so remove the wrong one")
         return next(iter(held.values()), None)

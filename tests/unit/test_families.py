@@ -24,7 +24,7 @@ RICHEST = {  # the golden file of each family that uses most keys
     "qwen1_5_moe": "Qwen1.5-MoE-A2.7B-Chat",
     "deepseek_v2": "DeepSeek-V2",
 }
-UNSTORED = {"mscale": 1.0, "mscale_all_dim": 0.0, "beta_fast": 32.0, "beta_slow": 1.0}  # by transformers, when absent
+UNSTORED = {"mscale": 0.0, "mscale_all_dim": 0.0, "beta_fast": 32.0, "beta_slow": 1.0}  # by transformers, when absent
 SIZES = [(family, size) for family in ALL.values() for size in family.sizes]
 
 
@@ -170,6 +170,11 @@ def test_both_spellings_of_rope_theta_are_read(rope):
     hf = read_config(V01)
     del hf["rope_theta"]
     assert MISTRAL.config(hf | rope).rotary_base == theirs(hf | rope)["rotary_base"] == 5e5
+
+
+def test_one_number_spelled_twice_is_one_setting():
+    hf = golden("deepseek_v2") | {"rope_parameters": {"rope_theta": 10000.0, "type": "yarn"}}
+    assert ALL["deepseek_v2"].config(hf) == ALL["deepseek_v2"].config(golden("deepseek_v2"))
 
 
 @pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
