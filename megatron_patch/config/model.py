@@ -33,7 +33,7 @@ class ModelConfig:
     high_freq_factor: float = setting("llama3: wavelengths below original context / this are not scaled", 4.0)
     beta_fast: float = setting("yarn: rotations over the original context above which a channel is kept", 32.0)
     beta_slow: float = setting("yarn: rotations below which a channel is interpolated in full", 1.0)
-    mscale: float = setting("yarn: attention temperature of the rotated channels", 1.0)
+    mscale: float = setting("yarn: attention temperature of the rotated channels, 0: that of the paper", 0.0)
     mscale_all_dim: float = setting("yarn: attention temperature of all channels", 0.0)
 
     # Mixture of experts. num_moe_experts == 0: every layer is dense.
