@@ -64,6 +64,7 @@ def test_tied_embeddings_collect_both_gradients():
 def test_data_parallel_experts_have_the_loss_and_gradients_of_one_process(name):
     tp, sp, do, world = LAYOUTS[name]
     loss, norm, gradients, _ = step(EXPERTS, ParallelConfig(), "fp32", single_process())
+    assert norm**2 == pytest.approx(sum(g.square().sum().item() for g in gradients.values()), rel=1e-5)
     results = run_ranks(on_ranks, world, EXPERTS, layout(tp, sp, do), world, "fp32", 0, torch.float32)
     for rank_loss, rank_norm, _, _ in results:
         assert rank_loss == pytest.approx(loss, rel=1e-6)

@@ -66,6 +66,10 @@ VARIANTS = {
         "plain rotary frequencies": {"rope_parameters": PLAIN_ROPE},
         "yarn of another temperature": {"rope_parameters": YARN | {"mscale": 1.3}},
         "yarn, all temperature in the rotation": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}},
+        "yarn without a temperature of its own": {"rope_parameters": {**YARN, "mscale": None}},
+        "yarn, more channels interpolated than there are": {
+            "rope_parameters": YARN | {"rope_theta": 10.0, "beta_slow": 0.01}
+        },
         "tied embeddings": {"tie_word_embeddings": True},
     },
 }
