@@ -1,82 +1,86 @@
-"""Megatron-Core reads what the converter wrote, in processes of its own (`logits.py`)."""
+"""Megatron-Core reads what the converter wrote, in processes of its own; every layout is in docs/oracle_table.md."""
 
+import functools
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
-import transformers
 
-from megatron_patch import convert
+from megatron_patch.checkpoint.interface import Target
+from megatron_patch.checkpoint.placement import layer_ranges, stage_layers
 
-READER = Path(__file__).with_name("logits.py")
-TIMEOUT = 120
+TIMEOUT = 300
+LOCAL = functools.partial(Target, transformer_impl="local")
+CASES = [
+    ("Mistral", LOCAL()),
+    ("Mistral", LOCAL(tp=2, pp=2, first_stage_layers=1)),
+    ("LLaMA 3.1", LOCAL(tp=4)),
+    ("Qwen1.5", LOCAL(tp=2)),
+    ("Qwen1.5, tied", LOCAL(tp=2, pp=2, vp=2)),
+    ("Mixtral", LOCAL(tp=2, ep=2)),
+    ("Mixtral", LOCAL(tp=2, pp=2, ep=4, etp=1)),
+    ("Qwen1.5-MoE", LOCAL(pp=2, ep=2)),
+    ("DeepSeek-V2-Lite", LOCAL(tp=2, ep=2)),
+    ("DeepSeek-V2", LOCAL(tp=2, pp=2, first_stage_layers=1, ep=2)),
+]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A Hugging Face directory, tokens longer than its window, and transformers' logits; 101 tokens need padding."""
-    directory = tmp_path_factory.mktemp("source")
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=4,
-        rope_theta=5000.0,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # large enough for every weight to show in the logits
-    )
-    model = transformers.MistralForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)  # norms of one would hide a swap
-    model.save_pretrained(directory)
-    tokens = torch.randint(0, config.vocab_size, (2, 12))
-    torch.save(tokens, directory / "tokens.pt")
-    with torch.no_grad():
-        return directory, model(tokens).logits, without_window(directory, tokens)
+def sources(tmp_path_factory):
+    """Family → its Hugging Face directory and transformers' logits."""
+    root = tmp_path_factory.mktemp("sources")
+    families = dict.fromkeys(family for family, _ in CASES)
+    return {family: (root / family, oracle.write_source(family, root / family)) for family in families}
 
 
-def without_window(directory, tokens):
-    model = transformers.MistralForCausalLM.from_pretrained(directory, sliding_window=None).eval()
-    return model(tokens).logits
+@pytest.fixture(scope="module")
+def read(sources, tmp_path_factory):
+    """Megatron-Core's logits of every case, in order, or what it raised."""
+    root = tmp_path_factory.mktemp("mcore")
+    for number, (family, layout) in enumerate(CASES):
+        oracle.write_layout(sources[family][0], root / str(number), layout)
+    tokens = [sources[family][0] / "tokens.pt" for family, _ in CASES]
+    return oracle.logits([(root / str(n), file) for n, file in enumerate(tokens)], TIMEOUT)
 
 
-def megatron_core_logits(root, tokens, tp, work):
-    """Rank 0's logits after `tp` ranks of Megatron-Core loaded `root`."""
-    out, rendezvous = work / "logits.pt", work / "rendezvous"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, READER, root, rendezvous, str(rank), str(tp), tokens, out],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(tp)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{CASES[n][0]} {oracle.phrase(CASES[n][1])}")
+def test_megatron_core_computes_transformers_logits(sources, read, number):
+    family, layout = CASES[number]
+    wanted, found = sources[family][1], read[number]
+    assert isinstance(found, torch.Tensor), found
+    assert found.shape[-1] == -(-oracle.VOCABULARY // layout.tp) * layout.tp
+    assert (found[..., : oracle.VOCABULARY] - wanted).abs().max() <= 1e-5
+
+
+def test_the_window_shows_in_the_logits(sources):
+    directory, logits = sources["Mistral"]
+    assert (oracle.without_window(directory) - logits).abs().max() > 0.1
+
+
+def test_megatron_core_divides_layers_as_we_do(tmp_path):
+    cases = [
+        (layers, pp, vp, first)
+        for layers, pp, vp in itertools.product(range(1, 13), range(2, 5), range(1, 4))
+        for first in (None, *range(1, layers))
     ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=TIMEOUT)
-            assert rank.returncode == 0, output[-2000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return torch.load(out)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_megatron_core_computes_transformers_logits(source, tmp_path, tp):
-    directory, logits, unwindowed = source
-    command = [str(directory), str(tmp_path / "mcore"), "--format", "mcore", "--tp", str(tp)]
-    assert convert.main([*command, "--transformer-impl", "local"]) == 0
-    read = megatron_core_logits(tmp_path / "mcore", directory / "tokens.pt", tp, tmp_path)
-    assert read.shape[-1] == (101 if tp == 1 else 102)
-    assert (read[..., :101] - logits).abs().max() <= 1e-5
-    assert (unwindowed - logits).abs().max() > 0.1, "the window must matter, or this test says nothing about it"
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("layer_ranges.py")
+    output = subprocess.run(
+        [sys.executable, script, tmp_path / "cases.json"], capture_output=True, text=True, timeout=TIMEOUT, check=True
+    ).stdout
+    theirs = json.loads(output.splitlines()[-1])
+    divided = 0
+    for (layers, pp, vp, first), expected in zip(cases, theirs, strict=True):
+        try:
+            ours = layer_ranges(stage_layers(layers, Target(pp=pp, vp=vp, first_stage_layers=first)))
+        except ValueError:
+            assert expected is None or any(count == 0 for stage in expected for _, count in stage)
+            continue
+        divided += 1
+        assert [[[chunk.start, len(chunk)] for chunk in stage] for stage in ours] == expected
+    assert divided > 100
