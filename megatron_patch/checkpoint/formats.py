@@ -9,12 +9,28 @@ from megatron_patch.checkpoint.interface import Format
 from megatron_patch.checkpoint.legacy import LEGACY_FORMATS
 from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, write_mcore
 from megatron_patch.checkpoint.mcore_source import open_mcore
+from megatron_patch.checkpoint.torch_dist import (
+    CONTENT,
+    check_torch_dist,
+    holds_torch_dist,
+    open_torch_dist,
+    write_torch_dist,
+)
 
 _MCORE_LAYOUT = ("tp", "pp", "ep", "etp", "vp", "first_stage_layers", "transformer_impl", "experts")
 
 # Detection takes the first that holds the directory, so a format stands before those whose files resemble its own.
 _IN_ORDER = (
     Format("hf", "model.safetensors (or its index)", holds_hf, open_hf, check_hf_target, write_hf),
+    Format(
+        "torch_dist",
+        CONTENT,
+        holds_torch_dist,
+        open_torch_dist,
+        check_torch_dist,
+        write_torch_dist,
+        frozenset({"transformer_impl"}),
+    ),
     *LEGACY_FORMATS,
     Format("mcore", TRACKER, holds_mcore, open_mcore, check_mcore, write_mcore, frozenset(_MCORE_LAYOUT)),
 )

@@ -52,12 +52,20 @@ def check_args(file: Path, args: Any, config: ModelConfig, found: Target) -> Non
     """Raise ValueError where `args` contradict config.json, or the layout `found` in the files, with both values."""
     if args is None:
         return  # some converters store none; names and shapes still have to fit
-    stored = dict(vars(args))
-    if stored.get("group_query_attention") is False:
-        stored["num_query_groups"] = stored.get("num_attention_heads")
+    stored = vars(args)
     for name, field in (_PARALLEL_COMPARED | (_EXPERT_COMPARED if config.num_moe_experts else {})).items():
         if _is_number(stored.get(name)) and stored[name] != getattr(found, field):
             raise ValueError(f"{file}: args.{name} is {stored[name]}, the directory holds {getattr(found, field)}")
+    check_architecture(file, args, config)
+
+
+def check_architecture(file: Path, args: Any, config: ModelConfig) -> None:
+    """Raise ValueError where `args` contradict config.json, with both values."""
+    if args is None:
+        return
+    stored = dict(vars(args))
+    if stored.get("group_query_attention") is False:
+        stored["num_query_groups"] = stored.get("num_attention_heads")
     for name, value in _wanted(config).items():
         if _is_number(stored.get(name)) and stored[name] > 0 and stored[name] != value:  # a vocabulary of 0: unset
             raise ValueError(f"{file}: args.{name} is {stored[name]}, config.json says {value}")
