@@ -31,9 +31,8 @@ from megatron_patch.families.manifest import Entry
 def check_legacy(spelling: Spelling, entries: list[Entry], config: ModelConfig, target: Target) -> None:
     """Raise ValueError for a model or a layout that the format cannot hold."""
     if spelling.needs_experts and not config.num_moe_experts:
-        raise ValueError(
-            f"{spelling.format} holds mixtures of experts, this model is dense; write modellink, or upcycle"
-        )
+        told = f"{spelling.format} holds mixtures of experts and this model is dense"
+        raise ValueError(f"{told}; write it as modellink, or upcycle it")
     check_layout(config, target)
     for entry in entries:
         check_divides(entry, config, target.tp)

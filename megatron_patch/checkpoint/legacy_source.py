@@ -218,6 +218,8 @@ def _rank_paths(directory: Path, spelling: Spelling) -> dict[Rank, Path]:
         match = _RANK.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is no rank's directory; they are called mp_rank_TT, mp_rank_TT_PPP, and so on")
+        if not (path / RANK_FILE).is_file():
+            raise FileNotFoundError(f"{path / RANK_FILE} does not exist")
         found[tuple(int(number) for number in match.groups() if number)] = path / RANK_FILE
     if len({len(numbers) for numbers in found}) != 1:
         raise ValueError(f"{directory} holds no rank's directory, or those of several layouts; keep one layout's")
@@ -228,7 +230,7 @@ def _rank_paths(directory: Path, spelling: Spelling) -> dict[Rank, Path]:
         ep_rank = others.pop(expert_at) if expert_at is not None else 0
         paths[numbers[0], others[0] if others else 0, ep_rank] = path
     for rank in itertools.product(*(range(1 + max(rank[axis] for rank in paths)) for axis in range(3))):
-        if rank not in paths or not paths[rank].is_file():
+        if rank not in paths:
             raise FileNotFoundError(f"{directory} lacks the file of tensor, pipeline and expert rank {rank}")
     return paths
 
@@ -241,7 +243,7 @@ def _expert_position(found: Mapping[tuple[int, ...], Path], spelling: Spelling) 
     last = max(found)
     if len(last) == 3:
         return 0 if spelling.expert_first else 1
-    if len(last) == 1 or not found[last].is_file():
+    if len(last) == 1:
         return None
     keys = _tensors(found[last], _payload(found[last])["model"])
     return 0 if any("embedding.word_embeddings." in key for key in keys) else None
