@@ -115,7 +115,9 @@ def check_paths(job: Job) -> None:
     source, target = job.source.resolve(), job.target.resolve()
     if target == source or source in target.parents:
         raise ValueError(f"DST {job.target} lies inside SRC {job.source}, which is never written to")
-    for name, kept in (("SRC", source), ("--assets", job.assets and job.assets.resolve())):
+    assets = job.assets and job.assets.resolve()
+    is_in_place = job.overwrite and target == assets  # its files travel into the replacement before it is replaced
+    for name, kept in (("SRC", source), ("--assets", None if is_in_place else assets)):
         if kept and (target == kept or target in kept.parents):
             raise ValueError(f"{name} {kept} lies inside DST {job.target}, which would be replaced")
     if job.target.exists() and not job.target.is_dir():
