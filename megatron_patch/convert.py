@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import hashlib
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -13,12 +15,15 @@ from megatron_patch.checkpoint.assets import copy_assets, write_config, write_dt
 from megatron_patch.checkpoint.atomic import replaced_directory
 from megatron_patch.checkpoint.cast import DTYPES, Cast
 from megatron_patch.checkpoint.formats import FORMATS, detect_format
-from megatron_patch.checkpoint.interface import Source, Target
+from megatron_patch.checkpoint.interface import Source, Target, Written
+from megatron_patch.checkpoint.memory import peak_memory
 from megatron_patch.checkpoint.upcycle import upcycle
+from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
-from megatron_patch.families.manifest import manifest
+from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.families.resolve import Resolved, from_checkpoint, read_config
 from megatron_patch.families.upcycle import Upcycling, resolve_upcycled, upcycled_hf_config
+from megatron_patch.verify import check_equal, check_logits
 
 _COMMAND = "python3 -m megatron_patch.convert"
 # Behind `--upcycle-`: the field of Upcycling.
@@ -47,14 +52,16 @@ class Job:
     model_size: str = "auto"
     overwrite: bool = False
     upcycling: Upcycling | None = None  # make a dense source a mixture of experts
+    verify: bool = False  # read the result again, bit for bit
+    verify_logits: int = 0  # tokens to run through both
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote: tensors (a tensor-parallel one counts once) and their bytes over all ranks."""
+    """What a conversion wrote, and the sha256 of its manifest: a line `name type shape` per parameter."""
 
-    tensors: int
-    bytes: int
+    written: Written
+    manifest: str
     warnings: tuple[str, ...]
 
 
@@ -68,15 +75,34 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     start = time.perf_counter()
     try:
-        summary = convert(job)
+        with peak_memory() as peak:
+            summary = convert(job)
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was written", file=sys.stderr)
+        return 130
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    seconds = time.perf_counter() - start
-    print(f"{job.target}: {job.format}, {summary.tensors} tensors, {summary.bytes:,} bytes, {seconds:.1f} s")
+    print(_closing_line(job, summary, time.perf_counter() - start, peak()))
     return 0
+
+
+def _closing_line(job: Job, summary: Summary, seconds: float, peak: int) -> str:
+    proofs = ["bits verified"] * job.verify + [f"logits of {job.verify_logits} tokens verified"] * bool(
+        job.verify_logits
+    )
+    facts = (
+        job.format,
+        f"{summary.written.tensors} tensors",
+        f"{summary.written.bytes:,} bytes",
+        f"{seconds:.1f} s",
+        f"peak memory {peak / 2**20:.0f} MiB",
+        *proofs,
+        f"manifest sha256 {summary.manifest}",
+    )
+    return f"{job.target}: {', '.join(facts)}"
 
 
 def convert(job: Job) -> Summary:
@@ -100,14 +126,36 @@ def convert(job: Job) -> Summary:
         source = upcycle(source, stored, job.upcycling)
     if job.dtype is not None:
         source = Cast(source, job.dtype)
-    job.target.parent.mkdir(parents=True, exist_ok=True)
     with replaced_directory(job.target) as partial:
         copy_assets(assets, partial)
         if job.upcycling:
             write_config(partial, upcycled_hf_config(read_config(assets), family, config, "float32"))
         write_dtype(partial, str(source.dtype).removeprefix("torch."))
         written = wanted.write(partial, entries, config, source, target)
-    return Summary(written.tensors, written.bytes, (*resolved.warnings, *_without_effect(job, source)))
+        _verify(job, entries, config, source, partial)
+    warnings = (*resolved.warnings, *_without_effect(job, source), *_not_numbers(written))
+    return Summary(written, _fingerprint(entries, source), warnings)
+
+
+def _verify(job: Job, entries: list[Entry], config: ModelConfig, source: Source, directory: Path) -> None:
+    """Raise ValueError where what stands in `directory` is not the source, as far as the job asks."""
+    if not job.verify and not job.verify_logits:
+        return
+    result = FORMATS[job.format].open(directory, entries, config)
+    if job.verify:
+        check_equal(entries, source, result)
+    if job.verify_logits:
+        check_logits(entries, config, source, result, job.verify_logits)
+
+
+def _fingerprint(entries: list[Entry], source: Source) -> str:
+    lines = (f"{entry.mcore} {source.dtype_of(entry)} {entry.shape}\n" for entry in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _not_numbers(written: Written) -> list[str]:
+    names = ", ".join(written.nan)
+    return [f"{len(written.nan)} tensors hold NaN, written as they are: {names}"] if written.nan else []
 
 
 def check_paths(job: Job) -> None:
@@ -198,6 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="convert every tensor; default: as stored")
     parser.add_argument("--assets", type=Path, metavar="DIR", help="config.json and tokenizer to carry; default: SRC's")
     parser.add_argument("--model-size", default="auto", help="hold config.json against a named size")
+    parser.add_argument("--verify", action="store_true", help="read the result again and compare every bit")
+    parser.add_argument("--verify-logits", type=_count, metavar="N", default=0, help="compare logits on N tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands in DST")
     return parser
 
@@ -225,4 +275,5 @@ def _upcycling(values: Mapping[str, int | str | None]) -> Upcycling | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing is left behind
     sys.exit(main())

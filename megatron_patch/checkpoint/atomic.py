@@ -1,6 +1,8 @@
 """Files and directories that appear complete or not at all: written beside their place, then renamed into it."""
 
+import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +11,29 @@ from pathlib import Path
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """An empty directory to fill, renamed to `target` when the block ends well and removed when it does not."""
+    """An empty directory to fill, renamed to `target` when the block ends well and removed when it does not.
+
+    What a killed process left beside `target` is removed first; another that is still writing keeps its own.
+    """
     target = target.resolve()  # a link keeps pointing, and "." has a name
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    lock = os.open(partial, os.O_RDONLY)
     try:
+        _acquire(lock)  # as long as this process lives
         yield partial
+        _synchronise(partial)
         move_directory(partial, target)
     finally:
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_directory(new: Path, target: Path) -> None:
     """Rename `new` to `target`; what stood there is deleted only afterwards. Both are on one file system."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     if target.exists():
         target.rename(old)
     try:
@@ -31,8 +42,25 @@ def move_directory(new: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
+    _synchronise(target.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside `target`; one killed between two renames gives `target` back."""
+    for old in sorted(target.parent.glob(f".{_literal(target.name)}.*.old")):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for partial in target.parent.glob(f".{_literal(target.name)}.*.partial"):
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            if _acquire(lock):
+                shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,3 +70,26 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _acquire(directory: int) -> bool:
+    """Lock the open directory until it is closed; False where somebody else has, or locks are not to be had."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _synchronise(directory: Path) -> None:
+    """Names reach the disk too."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _literal(name: str) -> str:
+    """`name` as a glob pattern that matches itself alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -21,7 +21,7 @@ _MCORE_LAYOUT = ("tp", "pp", "ep", "etp", "vp", "first_stage_layers", "transform
 
 # Detection takes the first that holds the directory, so a format stands before those whose files resemble its own.
 _IN_ORDER = (
-    Format("hf", "model.safetensors (or its index)", holds_hf, open_hf, check_hf_target, write_hf),
+    Format("hf", "model.safetensors, pytorch_model.bin (or their index)", holds_hf, open_hf, check_hf_target, write_hf),
     Format(
         "torch_dist",
         CONTENT,

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: safetensors read through their headers and written tensor by tensor."""
+"""Hugging Face checkpoint directories: safetensors read and written, the older `.bin` files read."""
 
 import dataclasses
 import functools
@@ -18,10 +18,12 @@ from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.layouts import merge, part_shapes, split
 from megatron_patch.checkpoint.stream import Piece, Place, fill
+from megatron_patch.checkpoint.unpickle import read_pt
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # read where there are no safetensors
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors codes
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -85,15 +87,15 @@ def open_hf(directory: Path, entries: list[Entry], config: ModelConfig) -> HfSou
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries:
         for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True):
-            dtypes[name] = _checked_dtype(directory, name, files[name].get_slice(name), shape)
+            dtypes[name] = _checked_dtype(directory, name, files[name], shape)
         if len({dtypes[name] for name in entry.hf}) > 1:
             raise ValueError(f"{directory}: {', '.join(entry.hf)} become one tensor but differ in dtype")
     return HfSource(directory, config, {name: files[name] for name in dtypes}, dtypes)
 
 
 def holds_hf(directory: Path) -> bool:
-    """Whether `directory` looks like Hugging Face safetensors."""
-    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    """Whether `directory` looks like a Hugging Face checkpoint."""
+    return any((directory / name).is_file() for name in (SINGLE, INDEX, BIN, BIN_INDEX))
 
 
 def check_hf_target(entries: list[Entry], config: ModelConfig, target: Target) -> None:
@@ -128,36 +130,54 @@ def _part(entry: Entry, whole: Tensor, config: ModelConfig, index: int) -> Tenso
     return split(entry, whole, config)[index]
 
 
+@dataclass(frozen=True)
+class _BinFile:
+    """A memory-mapped `.bin` file with the methods of an open safetensors file."""
+
+    tensors: Mapping[str, Tensor]
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
 def _open_tensors(directory: Path) -> dict[str, Any]:
     """Every tensor name in the directory and the open file that holds it."""
-    weight_map = _weight_map(directory)
+    is_bin = not any((directory / name).is_file() for name in (SINGLE, INDEX))
+    single, index, open_file = (BIN, BIN_INDEX, _open_bin) if is_bin else (SINGLE, INDEX, _open_safetensors)
+    weight_map = _weight_map(directory, single, index)
     opened: dict[str, Any] = {}
-    for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
-        file = _open_file(directory / file_name)
+    for file_name in sorted(set(weight_map.values())) if weight_map else [single]:
+        path = directory / file_name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        file = open_file(path)
         for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
             if name in opened:
-                raise ValueError(f"{directory / file_name}: {name} is in another file too")
+                raise ValueError(f"{path}: {name} is in another file too")
             if weight_map and weight_map.get(name) != file_name:
-                raise ValueError(f"{directory / file_name} holds {name}, which {INDEX} does not place there")
+                raise ValueError(f"{path} holds {name}, which {index} does not place there")
             opened[name] = file
     lost = [name for name in weight_map if name not in opened]
     if lost:
-        raise ValueError(f"{directory / weight_map[lost[0]]} lacks {lost[0]}, which {INDEX} places there")
+        raise ValueError(f"{directory / weight_map[lost[0]]} lacks {lost[0]}, which {index} places there")
     return opened
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def _weight_map(directory: Path, single: str, index: str) -> dict[str, str]:
     """The index's tensor → file table; empty for a single file."""
-    path = directory / INDEX
+    path = directory / index
     if not path.is_file():
         return {}
-    if (directory / SINGLE).is_file():
-        raise ValueError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+    if (directory / single).is_file():
+        raise ValueError(f"{directory} holds both {single} and {index}; remove the one that is out of date")
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = dict(weight_map.items())
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a safetensors index: {error!r}") from None
+        raise ValueError(f"{path} is not an index of tensors: {error!r}") from None
     if not pairs:
         raise ValueError(f"{path} names no tensor")
     for file_name in pairs.values():
@@ -166,21 +186,32 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return pairs
 
 
-def _open_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not safetensors: {error}") from None
 
 
-def _checked_dtype(directory: Path, name: str, header: Any, shape: tuple[int, ...]) -> torch.dtype:
-    if tuple(header.get_shape()) != shape:
-        raise ValueError(f"{directory}: {name} has shape {tuple(header.get_shape())}, config.json implies {shape}")
-    if header.get_dtype() not in DTYPES:
-        raise ValueError(f"{directory}: {name} is {header.get_dtype()}; supported are {', '.join(DTYPES)}")
-    return DTYPES[header.get_dtype()]
+def _open_bin(path: Path) -> _BinFile:
+    tensors = read_pt(path)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is not a dict of tensors; save model.state_dict() alone")
+    return _BinFile(tensors)
+
+
+def _checked_dtype(directory: Path, name: str, file: Any, shape: tuple[int, ...]) -> torch.dtype:
+    if isinstance(file, _BinFile):
+        tensor = file.get_tensor(name)
+        found, code = tuple(tensor.shape), _CODES.get(tensor.dtype, str(tensor.dtype))
+    else:
+        header = file.get_slice(name)
+        found, code = tuple(header.get_shape()), header.get_dtype()
+    if found != shape:
+        raise ValueError(f"{directory}: {name} has shape {found}, config.json implies {shape}")
+    if code not in DTYPES:
+        raise ValueError(f"{directory}: {name} is {code}; supported are {', '.join(DTYPES)}")
+    return DTYPES[code]
 
 
 def _plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

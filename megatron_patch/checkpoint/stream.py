@@ -90,9 +90,25 @@ def fill(places: list[Place], source: Source) -> Written:
     return Written(len(by_entry), total, tuple(sorted(nan)))
 
 
+def read_chunks(source: Source, entry: Entry) -> Iterator[Tensor]:
+    """The rows of the full mcore tensor in pieces that its shape and type alone decide, so that two sources align."""
+    parts, dtype = _parts(source, entry), source.dtype_of(entry)
+    bands, held = _origins(source, Piece(entry, entry.shape, _itself), parts)
+    width = math.prod(entry.shape[1:])
+    rows = _chunk_rows(width, dtype)
+    for start in range(0, entry.shape[0], rows):
+        stop = min(start + rows, entry.shape[0])
+        chunk = torch.empty(stop - start, width, dtype=dtype)
+        for band in bands:
+            first, last = max(start, band.start), min(stop, band.stop)
+            if first < last:
+                band.copy(held, first, last, chunk[first - start : last - start])
+        yield chunk
+
+
 def run_in_threads(jobs: list[Callable[[], int]], total: int, label: str) -> None:
     """Run `jobs` on every core and add up the bytes they return on a progress bar; the first error stops the rest."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,))
     bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=not total or not _is_watched())
     try:
         futures: list[Future[int]] = [pool.submit(job) for job in jobs]
@@ -108,6 +124,10 @@ def check_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise OSError(errno.ENOSPC, f"the disk has {free:,} bytes free and {size:,} are needed", str(directory))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_watched() -> bool:
@@ -150,8 +170,7 @@ def _storages(path: Path) -> Iterator[tuple[int, int]]:
 def _fill_entry(source: Source, places: list[Place], locks: Mapping[Path, threading.Lock], nan: set[str]) -> int:
     """Write one parameter everywhere it goes, and return the bytes written."""
     entry = places[0].piece.entry
-    parts = source.parts(entry) if isinstance(source, PartedSource) else [source.read(entry)]
-    dtype = source.dtype_of(entry)
+    parts, dtype = _parts(source, entry), source.dtype_of(entry)
     done = 0
     for place in places:
         start = offset = place.offset
@@ -186,7 +205,7 @@ def _origins(source: Source, piece: Piece, parts: list[Tensor]) -> tuple[list[Ba
 def _chunks(bands: list[Band], parts: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
     """The rows in order, in pieces of about CHUNK_BYTES; a view of the source where it has them as they are wanted."""
     width = math.prod(shape[1:])
-    rows = max(1, CHUNK_BYTES // (width * dtype.itemsize))
+    rows = _chunk_rows(width, dtype)
     for band in bands:
         stored = band.stored(parts)
         for start in range(band.start, band.stop, rows):
@@ -214,6 +233,18 @@ def _synchronise(path: Path) -> int:
     with path.open("r+b") as file:
         os.fsync(file.fileno())
     return 0
+
+
+def _parts(source: Source, entry: Entry) -> list[Tensor]:
+    return source.parts(entry) if isinstance(source, PartedSource) else [source.read(entry)]
+
+
+def _chunk_rows(width: int, dtype: torch.dtype) -> int:
+    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
+
+
+def _itself(entry: Entry, whole: Tensor) -> Tensor:
+    return whole
 
 
 def _only(entry: Entry, parts: list[Tensor]) -> Tensor:

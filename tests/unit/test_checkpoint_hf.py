@@ -71,7 +71,7 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path, name):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=r"index.json is not a safetensors index"):
+    with pytest.raises(ValueError, match=r"index.json is not an index of tensors"):
         open_it(tmp_path)
 
 

@@ -16,6 +16,7 @@ FLOORS = (  # lowest first; packages on one floor never import each other
     {"families"},
     {"parallel", "data"},
     {"model", "checkpoint", "plan"},
+    {"verify"},
     {"train", "convert", "launch"},
 )
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
