@@ -22,6 +22,7 @@ from megatron_patch.checkpoint.placement import (
     EMBEDDING,
     Rank,
     as_cut,
+    current_key,
     file_slots,
     layer_ranges,
     rank_name,
@@ -74,7 +75,8 @@ class McoreSource:
     def layout(self) -> Mapping[str, int]:
         """The sizes into which it is cut."""
         target = self.target
-        return {"tp": target.tp, "pp": target.pp, "ep": target.ep, "etp": target.expert_tp, "vp": target.vp}
+        sizes = {"tp": target.tp, "pp": target.pp, "ep": target.ep, "etp": target.expert_tp, "vp": target.vp}
+        return sizes if target.first_stage_layers is None else sizes | {"first_stage_layers": target.first_stage_layers}
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same in every file."""
@@ -99,10 +101,8 @@ class McoreSource:
 
     def describe(self) -> str:
         """One phrase for the log."""
-        sizes = {name: size for name, size in self.layout.items() if name == "tp" or (size > 1 and name != "etp")}
-        if self.target.expert_tp != self.target.tp:
-            sizes["etp"] = self.target.expert_tp
-        cut = " ".join(f"{name} {size}" for name, size in sizes.items())
+        usual = {"pp": 1, "ep": 1, "etp": self.target.tp, "vp": 1}
+        cut = " ".join(f"{name} {size}" for name, size in self.layout.items() if size != usual.get(name))
         dtype = str(self.dtype).removeprefix("torch.")
         return f"mcore {self.directory.name}, {cut}, {self.target.transformer_impl} names, {dtype}"
 
@@ -262,47 +262,47 @@ def _matched(
     slots = [slot for spelled in targets for slot in file_slots(entries, config, spelled, ranges, *rank[1:])]
     for number, chunk in enumerate(file.chunks):
         by_key = {slot.key: slot.entry for slot in slots if slot.chunk == number}
-        tensors = _sequential(file.path, chunk, config, target)
-        names = Counter(by_key[key].mcore if key in by_key else key for key in tensors)
+        tensors = [(current_key(key), tensor) for key, tensor in _apart(file.path, chunk, config, target)]
+        names = Counter(by_key[key].mcore if key in by_key else key for key, _ in tensors)
         check_complete({entry.mcore for entry in by_key.values()}, names, str(file.path))
         for name, count in names.items():
             if count > 1:
-                raise ValueError(f"{file.path} holds {name} under both of its names")
-        for key, tensor in tensors.items():
+                raise ValueError(f"{file.path} holds {name} under two of its names")
+        for key, tensor in tensors:
             yield _as_stored(by_key[key], tensor, targets, file.path), Piece(file.path, tensor)
 
 
-def _sequential(path: Path, chunk: Mapping[str, Tensor], config: ModelConfig, target: Target) -> dict[str, Tensor]:
-    """`chunk` with the experts that Megatron-Core's first grouped layer kept in one matrix, as one tensor each.
+def _apart(
+    path: Path, chunk: Mapping[str, Tensor], config: ModelConfig, target: Target
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `chunk`; experts that Megatron-Core's first grouped layer kept in one matrix come one by one.
 
     Its weight1 is (experts, hidden, 2·ffn) in memory and its weight2 (experts, ffn, hidden), though their shapes say
     (hidden, experts·2·ffn) and (experts·ffn, hidden).
     """
-    tensors: dict[str, Tensor] = {}
     for key, tensor in chunk.items():
         match = _TRANSPOSED.fullmatch(key)
         if match is None:
-            tensors[key] = tensor
+            yield key, tensor
             continue
         experts = config.num_moe_experts // target.ep
         rows, columns = (config.hidden_size, -1) if match[2] == "1" else (-1, config.hidden_size)
         if not experts or tensor.numel() % (experts * config.hidden_size):
             raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} does not divide into {experts} experts")
         for expert, matrix in enumerate(tensor.view(experts, rows, columns)):
-            tensors[f"{match[1]}local_experts.{expert}.linear_fc{match[2]}.weight"] = matrix.t()
-    return tensors
+            yield f"{match[1]}local_experts.{expert}.linear_fc{match[2]}.weight", matrix.t()
 
 
 def _as_stored(entry: Entry, tensor: Tensor, targets: list[Target], path: Path) -> Entry:
     """`entry` with the shard that explains the tensor's shape."""
-    shape = tuple(tensor.shape)
-    cuts = {as_cut(entry, target): shard_shape(as_cut(entry, target), target.tp) for target in targets}
-    for cut, wanted in cuts.items():
-        is_padded = entry.shard == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]
-        if shape == wanted or is_padded:
+    shape, implied = tuple(tensor.shape), []
+    for target in targets:
+        cut = as_cut(entry, target)
+        implied.append(shard_shape(cut, target.tp))
+        is_padded = entry.shard == "vocab" and shape[1:] == implied[-1][1:] and shape[0] > implied[-1][0]
+        if shape == implied[-1] or is_padded:
             return cut
-    wanted = cuts[as_cut(entry, targets[0])]
-    raise ValueError(f"{path}: {entry.mcore} has shape {shape}, config.json implies {wanted}")
+    raise ValueError(f"{path}: {entry.mcore} has shape {shape}, config.json implies {implied[0]}")
 
 
 def _check_alike(held: Stored, entry: Entry, piece: Piece) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.config.model import ModelConfig
@@ -21,6 +22,20 @@ _LOCAL_SPELLINGS = (
     ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
     ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
+)
+# Pai-Megatron-Patch wrote these before Megatron-Core had latent attention and shared experts of its own.
+_FORMER_SPELLINGS = MappingProxyType(
+    {
+        "self_attention.linear_q_a_proj.weight": "self_attention.linear_q_down_proj.weight",
+        "self_attention.q_a_layernorm.weight": "self_attention.q_layernorm.weight",
+        "self_attention.linear_q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
+        "self_attention.linear_kv_a_proj_with_mqa.weight": "self_attention.linear_kv_down_proj.weight",
+        "self_attention.kv_a_layernorm.weight": "self_attention.kv_layernorm.weight",
+        "self_attention.linear_kv_b_proj.weight": "self_attention.linear_kv_up_proj.weight",
+        "mlp.shared_expert.linear_fc1.weight": "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_expert.linear_fc2.weight": "mlp.shared_experts.linear_fc2.weight",
+        "mlp.shared_expert_gate.weight": "mlp.shared_experts.gate_weight",
+    }
 )
 # Transformer Engine replicates the down projections of latent attention, Megatron-Core alone cuts their rows.
 _DOWN_PROJECTIONS = ("self_attention.linear_q_down_proj.weight", "self_attention.linear_kv_down_proj.weight")
@@ -118,6 +133,12 @@ def file_key(entry: Entry, index: int, local_experts: int, transformer_impl: str
     elif transformer_impl == "local":
         name = dict(_LOCAL_SPELLINGS).get(name, name)
     return f"{_LAYERS}{index}.{name}"
+
+
+def current_key(key: str) -> str:
+    """`key` as Megatron-Core spells it today."""
+    name = _behind_layer(key)
+    return key.removesuffix(name) + _FORMER_SPELLINGS.get(name, name)
 
 
 def spelling_of(keys: Iterable[str], entries: Iterable[Entry]) -> str:

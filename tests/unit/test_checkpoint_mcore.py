@@ -159,13 +159,17 @@ def test_megatrons_default_of_one_query_group_without_gqa_is_understood(tmp_path
 
 
 LAYOUTS = [
-    ("mistral", {"tp": 2, "pp": 4}, "tp 2 pp 4, te"),
-    ("mistral", {"pp": 2, "vp": 2, "transformer_impl": "local"}, "tp 1 pp 2 vp 2, local"),
-    ("qwen1_5", {"tp": 2, "pp": 2, "first_stage_layers": 1}, "tp 2 pp 2, te"),
-    ("mixtral", {"tp": 2, "pp": 2, "ep": 2, "experts": "grouped"}, "tp 2 pp 2 ep 2, te"),
+    ("mistral", {"tp": 2, "pp": 4}, "tp 2 pp 4 first_stage_layers 1, te"),
+    ("mistral", {"pp": 2, "vp": 2, "transformer_impl": "local"}, "tp 1 pp 2 vp 2 first_stage_layers 2, local"),
+    ("qwen1_5", {"tp": 2, "pp": 2, "first_stage_layers": 1}, "tp 2 pp 2 first_stage_layers 1, te"),
+    ("mixtral", {"tp": 2, "pp": 2, "ep": 2, "experts": "grouped"}, "tp 2 pp 2 ep 2 first_stage_layers 2, te"),
     ("mixtral", {"tp": 2, "ep": 4, "etp": 1, "transformer_impl": "local"}, "tp 2 ep 4 etp 1, local"),
-    ("deepseek_v2", {"tp": 4, "pp": 2, "vp": 2, "ep": 2}, "tp 4 pp 2 ep 2 vp 2, te"),
-    ("deepseek_v2", {"tp": 2, "pp": 2, "first_stage_layers": 3, "transformer_impl": "local"}, "tp 2 pp 2, local"),
+    ("deepseek_v2", {"tp": 4, "pp": 2, "vp": 2, "ep": 2}, "tp 4 pp 2 ep 2 vp 2 first_stage_layers 2, te"),
+    (
+        "deepseek_v2",
+        {"tp": 2, "pp": 2, "first_stage_layers": 3, "transformer_impl": "local"},
+        "tp 2 pp 2 first_stage_layers 3, local",
+    ),
 ]
 
 
@@ -247,6 +251,37 @@ def test_down_projections_are_read_whole_or_cut(tmp_path):
     tiny.rewrite(tmp_path / "te", "mp_rank_01", lambda payload: payload["model"].update({name: mixed}))
     with pytest.raises(ValueError, match=r"kv_down_proj.weight is torch.float32 \(8, 16\) in .*, but .* \(4, 16\) in"):
         tiny.open_it(tmp_path / "te", "deepseek_v2")
+
+
+def test_the_former_names_of_latent_attention_and_shared_experts_are_read(tmp_path):
+    written = tiny.write(tmp_path, "deepseek_v2", transformer_impl="local")
+    former = {
+        "q_layernorm": "q_a_layernorm",
+        "kv_layernorm": "kv_a_layernorm",
+        "linear_q_down_proj": "linear_q_a_proj",
+        "linear_q_up_proj": "linear_q_b_proj",
+        "linear_kv_down_proj": "linear_kv_a_proj_with_mqa",
+        "linear_kv_up_proj": "linear_kv_b_proj",
+        "shared_experts": "shared_expert",
+    }
+
+    def rename(payload):
+        model = payload["model"]
+        payload["model"] = {".".join(former.get(part, part) for part in key.split(".")): model[key] for key in model}
+
+    tiny.rewrite(tmp_path, "mp_rank_00", rename)
+    tiny.check_equal(tiny.open_it(tmp_path, "deepseek_v2"), written, "deepseek_v2")
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    tiny.write(tmp_path, "mistral")
+    te, local = "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+    layer = "decoder.layers.2."
+    tiny.rewrite(
+        tmp_path, "mp_rank_00", lambda payload: payload["model"].update({layer + local: payload["model"][layer + te]})
+    )
+    with pytest.raises(ValueError, match=rf"mp_rank_00.* holds {layer}{te} under two of its names"):
+        tiny.open_it(tmp_path, "mistral")
 
 
 def test_files_that_megatron_does_not_write_for_uncut_experts_may_be_missing(tmp_path):
