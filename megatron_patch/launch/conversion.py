@@ -46,6 +46,7 @@ class Conversion:
     source: str
     target: str
     format: str
+    families: tuple[str, ...]  # what the source may be
     size: str = "auto"
     assets: str | None = None
     layout: Mapping[str, int | str | None] = field(default_factory=dict)  # flag → value
@@ -115,7 +116,7 @@ def finish(
 def architecture(request: Request, job: Conversion, directory: str) -> tuple[Resolved | None, list[str]]:
     """What `directory` describes, and what is not there yet; None where a dry run has nothing to read it from."""
     try:
-        return resolve_size(request, directory, job.size)
+        return resolve_size(job.families, job.size, directory)
     except FileNotFoundError as error:
         if not request.is_dry:
             raise
@@ -153,14 +154,15 @@ def _job(request: Request) -> tuple[Conversion, list[str]]:
     assets = v.get("HG_CKPT_PATH")
     if assets and Path(assets).absolute() == Path(source).absolute():
         assets = None
-    size, notes = v.get("MODEL_SIZE") or v.get("MN") or "auto", []
+    size, families, notes = v.get("MODEL_SIZE") or v.get("MN") or "auto", request.families, []
     if is_back and v.get("NUM_EXPERTS") and assets and _has_grown(source, assets):
         notes = [f"config.json and tokenizer come from {source}: {assets} describes a model without its experts"]
-        size, assets = "auto", None
+        size, families, assets = "auto", tuple(ALL), None
     job = Conversion(
         source=source,
         target=v["TARGET_CKPT_PATH"],
         format="hf" if is_back else request.format,
+        families=families,
         size=size,
         assets=assets or None,
         layout=_layout(v, is_back=is_back),

@@ -49,7 +49,7 @@ BACK = Arg("mg2hf", switch, f"{SWITCH}: convert back to Hugging Face")
 PRECISION = Arg("PR", one_of("fp32", "fp16", "bf16"), "fp32, fp16 or bf16: type of what is written")
 
 MISTRAL: Table = (
-    size("7B", "8x7B", "8x22B", "4x7B"),
+    size("7B", "7B-v0.2", "7B-v0.3", "8x7B", "8x22B", "4x7B"),
     *(HUGGING_FACE, MEGATRON, SOURCE, TARGET, TP, PP, EXTRA, EXPERTS, TOPK, EP, BACK),
     Arg("WS", whole, f"{WHOLE}: world size of a model with experts, TP × PP × EP; 0: not used", default="0"),
 )

@@ -28,6 +28,7 @@ def plan(request: Request) -> dict[str, Any]:
         source=checkpoint_root(v["--megatron-checkpoint-path"]),
         target=target,
         format="hf",
+        families=request.families,
         assets=config,
         layout={flag: v[name] for flag, name in SIZES.items()},
     )

@@ -37,11 +37,11 @@ def plan(request: Request) -> dict[str, Any]:
         source=source,
         target=str(Path(v["--save-dir"]) / EXPORT) if is_export else v["--save-dir"],
         format=_format(request, is_export=is_export),
+        families=families or tuple(ALL),
         assets=v["--save-dir"] if is_export else None,
         layout=_layout(request, source, is_export=is_export),
         dtype=v["--params-dtype"],
     )
-    request.families = families or tuple(ALL)
     described = option_value(request.options, "--assets") or job.assets or source
     resolved, absent = architecture(request, job, described)
     problems = _problems(request, resolved and resolved.config)

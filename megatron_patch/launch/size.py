@@ -1,24 +1,24 @@
 """MODEL_SIZE and a checkpoint directory, together one architecture."""
 
 from megatron_patch.families.resolve import Resolved, from_checkpoint, preset
-from megatron_patch.launch.positional import Request, UsageError, place
+from megatron_patch.launch.positional import UsageError
 
 
-def resolve_size(request: Request, directory: str | None, size: str = "") -> tuple[Resolved, list[str]]:
-    """The architecture, and what is not there yet. `directory` is None where nothing is loaded, `size` is MODEL_SIZE.
+def resolve_size(
+    families: tuple[str, ...], size: str, directory: str | None, where: str = "MODEL_SIZE"
+) -> tuple[Resolved, list[str]]:
+    """The architecture, and what is not there yet. `directory` is None where nothing is loaded, `where` names `size`.
 
     A size has an architecture of its own where the checkpoint is missing. Raises UsageError for `auto` without a
     checkpoint, ValueError for a checkpoint that contradicts the size.
     """
-    size = size or request.values["MODEL_SIZE"]
     if directory is None:
         if size == "auto":
-            where = place(request.table, "MODEL_SIZE")
             raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
-        return preset(request.families, size), []
+        return preset(families, size), []
     try:
-        return from_checkpoint(request.families, size, directory), []
+        return from_checkpoint(families, size, directory), []
     except FileNotFoundError as error:
         if size == "auto":
             raise
-        return preset(request.families, size), [str(error)]
+        return preset(families, size), [str(error)]

@@ -21,7 +21,7 @@ from megatron_patch.launch.values import (
 
 TRAINING: Table = (
     Arg("ENV", one_of("dsw", "dlc"), "dsw (this machine) or dlc (several nodes)"),
-    size("7B", "8x7B"),
+    size("7B", "7B-v0.2", "7B-v0.3", "8x7B"),
     Arg("BATCH_SIZE", count, f"{COUNT}: samples per forward pass and data-parallel rank"),
     Arg("GLOBAL_BATCH_SIZE", count, f"{COUNT}: samples per optimizer step"),
     Arg("LR", number, "a number ≥ 0: peak learning rate"),

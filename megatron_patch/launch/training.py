@@ -46,7 +46,8 @@ def plan(request: Request) -> dict[str, Any]:
     """The plan of one run. Raises UsageError (or ValueError, OSError) for everything that stands in its way at once."""
     _check_data_kind(request)
     check_options(request.options, settings())
-    resolved, absent = resolve_size(request, start_weights(request))
+    size, where = request.values["MODEL_SIZE"], place(request.table, "MODEL_SIZE")
+    resolved, absent = resolve_size(request.families, size, start_weights(request), where)
     elsewhere = {
         "--load": place(request.table, "PRETRAIN_CHECKPOINT_PATH"),
         "--family": place(request.table, "MODEL_SIZE"),

@@ -5,8 +5,8 @@
 #   2 SOURCE_CKPT_PATH   directory to read; of a Megatron checkpoint also its release or iter_NNNNNNN
 #   3 TARGET_CKPT_PATH   directory to write; it appears complete or not at all
 #   4 TP  5 PP           tensor- and pipeline-parallel ranks of the Megatron side
-#   6 MN                 llama-7b … llama-65b | llama2-7b … llama2-70b | codellama…, yi…, deepseek-llm…, vicuna…, auto
-#                        (from config.json)
+#   6 MN                 llama-7b … llama-65b | llama2-7b … llama2-70b | auto (from config.json), which is also what
+#                        codellama…, yi…, deepseek-llm… and vicuna… mean
 #   7 EXTRA_VOCAB_SIZE   vocab_size of config.json less the tokenizer's: checked, never added | 0: not used
 #   8 mg2hf              true: back to Hugging Face, with the config.json that stands beside the checkpoint | false
 #

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Convert a Mistral or Mixtral checkpoint between Hugging Face and Megatron-Core. 13 positionals, or 12 without WS.
 #
-#    1 MODEL_SIZE         7B | 8x7B | 8x22B | 4x7B | auto (from config.json)
+#    1 MODEL_SIZE         7B | 7B-v0.2 | 7B-v0.3 | 8x7B | 8x22B | 4x7B | auto (from config.json)
 #    2 HG_CKPT_PATH       Hugging Face directory with config and tokenizer files
 #    3 MEGATRON_PATH      accepted and ignored
 #    4 SOURCE_CKPT_PATH   directory to read
