@@ -2,7 +2,7 @@
 
     python3 tests/megatron_core/write_table.py > docs/oracle_table.md
 
-Takes about a quarter of an hour on two cores. The exit status is 1 if a layout fails.
+Takes about ten minutes on two cores. The exit status is 1 if a layout fails.
 """
 
 import platform
