@@ -1,6 +1,6 @@
 """Every family on every layout through Megatron-Core, as the tables of docs/oracle_table.md (standard output).
 
-    python3 tests/megatron_core/write_table.py > docs/oracle_table.md
+    PYTHONPATH=. python3 tests/megatron_core/write_table.py > docs/oracle_table.md
 
 Takes about ten minutes on two cores. The exit status is 1 if a layout fails.
 """
