@@ -1,8 +1,14 @@
+import contextlib
+import errno
 import json
+import math
 import os
+import re
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +17,11 @@ from safetensors.torch import load_file
 from tiny_checkpoint import CONFIG_JSON, hf_tensors, write_directory
 
 from megatron_patch import convert
-from megatron_patch.checkpoint import hf
+from megatron_patch.checkpoint import hf, stream
+from megatron_patch.checkpoint.atomic import replaced_directory
+from megatron_patch.checkpoint.layouts import part_shapes
+from megatron_patch.families.manifest import manifest
+from megatron_patch.families.mistral import MISTRAL
 
 ASSETS = {
     "tokenizer.model": b"\x00binary",
@@ -130,6 +140,150 @@ def test_one_closing_line_and_no_progress_bar_in_a_log(source, tmp_path, capsys)
     assert "mcore, 15 tensors" in output.out
     replicated_norms, padding_rows = 5 * 16 * 4, 2 * 16 * 4
     assert f"{size + replicated_norms + padding_rows:,} bytes" in output.out
+    assert re.search(r", \d+\.\d s, peak memory [1-9]\d* MiB, manifest sha256 [0-9a-f]{64}\n$", output.out)
+
+
+def test_the_manifest_hash_tells_types_and_architectures_apart_but_not_layouts(source, tmp_path, capsys):
+    def hash_of(directory, *options):
+        capsys.readouterr()
+        run(source, tmp_path / directory, "--format", "mcore", *options)
+        return capsys.readouterr().out.split()[-1]
+
+    whole = hash_of("whole")
+    assert whole == hash_of("cut", "--tp", 2)
+    assert whole != hash_of("half", "--dtype", "bf16")
+
+
+def test_a_terminal_gets_a_progress_bar_in_bytes_with_the_time_left(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "_is_watched", lambda: True)
+    run(source, tmp_path / "mcore", "--format", "mcore")
+    assert re.search(r"writing:.*\d.*B/s", capsys.readouterr().err)
+
+
+def test_nan_weights_are_named_and_kept(tmp_path, capsys):
+    tensors = hf_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    source = write_directory(tmp_path / "hf", tensors)
+    assert run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2, "--verify") == 0
+    output = capsys.readouterr()
+    assert output.err == ("warning: 1 tensors hold NaN, written as they are: decoder.layers.1.mlp.linear_fc1.weight\n")
+    assert "bits verified" in output.out
+    run(tmp_path / "mcore", tmp_path / "back", "--format", "hf")
+    assert tensors_of(tmp_path / "back")["model.layers.1.mlp.up_proj.weight"].isnan().nonzero().tolist() == [[3, 2]]
+
+
+@pytest.mark.parametrize("options", [["--verify"], ["--verify-logits", 5]])
+def test_a_result_that_is_not_the_source_is_not_kept(source, tmp_path, capsys, monkeypatch, options):
+    """A writer that flips a bit of the first number in whatever it writes."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, _damaged(data), offset))
+    assert run(source, tmp_path / "out", "--format", "mcore", "--tp", 2, *options) == 1
+    assert "convert: verification failed: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def _damaged(data):
+    data = bytearray(data)
+    data[3] ^= 0x40  # a high bit of the first float's exponent
+    return memoryview(data)
+
+
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]])
+def test_a_good_result_passes_both_proofs(source, tmp_path, capsys, dtype):
+    options = ["--tp", 2, "--verify", "--verify-logits", 5, *dtype]
+    assert run(source, tmp_path / "out", "--format", "mcore", *options) == 0
+    assert "bits verified, logits of 5 tokens verified" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_a_clear_error_and_no_partial_target(source, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert run(source, tmp_path / "out", "--format", "mcore") == 1
+    assert "writing stopped: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+SLOW = """
+import os, runpy, sys, time
+real = os.pwrite
+os.pwrite = lambda *arguments: (time.sleep(0.3), real(*arguments))[1]
+runpy.run_module("megatron_patch.convert", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def half_way(source, tmp_path):
+    """A conversion to `out`, a while before its end."""
+    command = [sys.executable, "-c", SLOW, source, tmp_path / "out", "--format", "mcore"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*.partial/release/*/*")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended or never began"
+        time.sleep(0.02)
+    assert not (tmp_path / "out").exists()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_conversion_shows_nothing_and_can_be_started_again(source, tmp_path, half_way):
+    half_way.kill()
+    half_way.wait()
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.*.partial"))
+    assert run(source, tmp_path / "out", "--format", "mcore", "--verify") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_a_conversion_that_is_still_running_is_left_alone(source, tmp_path, half_way):
+    assert run(source, tmp_path / "out", "--format", "hf") == 0
+    assert half_way.poll() is None and list(tmp_path.glob(".out.*.partial/release/*/*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_cleans_up(tmp_path, half_way, number, status):
+    half_way.send_signal(number)
+    assert half_way.wait(timeout=60) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert "Traceback" not in half_way.stderr.read()
+
+
+def test_one_killed_between_two_renames_gives_back_what_stood_there(source, tmp_path):
+    run(source, tmp_path / "out", "--format", "mcore")
+    (tmp_path / "out").rename(tmp_path / ".out.0123abcd.old")
+    assert run(source, tmp_path / "out", "--format", "hf", "--model-size", "7B") == 1
+    assert not (tmp_path / "out").exists(), "refused before anything is touched"
+    with replaced_directory(tmp_path / "other"):
+        assert (tmp_path / ".out.0123abcd.old").exists(), "another target's"
+    with contextlib.suppress(ZeroDivisionError), replaced_directory(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "release").is_dir()
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """A model of 0.7 GB whose largest tensor is 0.13 GB; zeros, so that the source is a sparse file."""
+    changed = {"hidden_size": 2048, "intermediate_size": 16000, "vocab_size": 32000, "head_dim": 64}
+    config = MISTRAL.config(CONFIG_JSON | changed)
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG_JSON | changed))
+    header, end = {}, 0
+    for entry in manifest(MISTRAL, config):
+        for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True):
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    largest = 2 * 32000 * 2048
+    command = [sys.executable, "-m", "megatron_patch.convert", directory, tmp_path / "out", "--format", "mcore"]
+    result = subprocess.run([*command, "--tp", "2"], capture_output=True, text=True, timeout=300, check=True)
+    peak = int(re.search(r"peak memory (\d+) MiB", result.stdout)[1]) << 20
+    bound = 1.5 * largest / 2 + 400e6
+    assert end > bound + 100e6, "a converter that loads everything would pass"
+    assert peak <= bound
 
 
 @pytest.mark.parametrize(
