@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         print(f"megatron_patch.launch: {name!r} is no launcher; there are {', '.join(LAUNCHERS)}", file=sys.stderr)
         return 2
     if argv[1:2] in (["-h"], ["--help"]):
-        print("\n\n".join(numbered(table, []) for table in LAUNCHERS[name].tables))
+        print(_help(LAUNCHERS[name]))
         return 0
     try:
         request = _request(LAUNCHERS[name], argv[1:])
@@ -41,6 +41,13 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return _start(plan, request.is_dry)
+
+
+def _help(launcher: Launcher) -> str:
+    """Every table: positionals with their numbers, flags with their names."""
+    if launcher.is_flags:
+        return "\n".join(f"  {arg.name:34}{arg.allowed}" for arg in launcher.tables[0])
+    return "\n\n".join(numbered(table, []) for table in launcher.tables)
 
 
 def _request(launcher: Launcher, argv: list[str]) -> Request:

@@ -79,7 +79,7 @@ def plan(request: Request) -> dict[str, Any]:
         notes += [f"a dense model becomes {how.num_moe_experts} experts made of its own MLP"]
         resolved = resolved and Resolved(*upcycled(request, resolved.config, how), resolved.warnings)
     config = resolved and resolved.config
-    problems = expert_problems(request, config) + division_problems(request, config)
+    problems = expert_problems(request, config, is_read=not absent) + division_problems(request, config)
     wrong, said = vocabulary(request, config, Path(described))
     return finish(
         request, job, resolved, absent, [*problems, *wrong], [*notes, *said, *without_effect(request, config)]

@@ -45,10 +45,16 @@ def upcycled(request: Request, config: ModelConfig, how: Upcycling) -> tuple[Fam
         raise UsageError(re.sub(pattern, lambda match: request.where(names[match[0]]), str(error))) from None
 
 
-def expert_problems(request: Request, config: ModelConfig | None) -> list[str]:
-    """Sentences about experts that were named and that `config` has otherwise. 0 is not named."""
-    if config is None or not config.num_moe_experts:
+def expert_problems(request: Request, config: ModelConfig | None, *, is_read: bool) -> list[str]:
+    """Sentences about experts that were named and that `config` has otherwise. 0 is not named.
+
+    `is_read`: the config is a file's, not a size's; a dense model on its way back may have become a mixture since.
+    """
+    if config is None:
         return []
+    if not config.num_moe_experts:
+        wrong = is_read and request.values.get("NUM_EXPERTS")
+        return [f"{request.where('NUM_EXPERTS')} is {wrong}, and config.json describes none; use 0"] if wrong else []
     claims = (("NUM_EXPERTS", config.num_moe_experts), ("EXPERTS_TOPK", config.moe_router_topk))
     return [
         f"{request.where(name)} is {request.values[name]}, and config.json says {actual}; use {actual}, or 0"
@@ -61,15 +67,15 @@ def division_problems(request: Request, config: ModelConfig | None) -> list[str]
     """Sentences about parallel sizes into which `config`, the model that is written, cannot be cut."""
     v, problems = request.values, []
     tp, pp, ep = v["TP"], v["PP"], v.get("EP") or 1
-    if v.get("mg2hf"):
-        return []  # the checkpoint knows its own
     experts = config.num_moe_experts if config else 0
+    if v.get("WS") and experts and v["WS"] != tp * pp * ep:
+        problems.append(f"{request.where('WS')} is {v['WS']}, but TP {tp} × PP {pp} × EP {ep} = {tp * pp * ep}")
+    if v.get("mg2hf"):
+        return problems  # the checkpoint knows its own layout
     if ep > 1 and config is not None and not experts:
         problems.append(f"{request.where('EP')} is {ep}, but the model has no experts; use 0")
     elif experts % ep:
         problems.append(f"{request.where('EP')} is {ep}, which does not divide {experts} experts; use a divisor")
-    if v.get("WS") and experts and v["WS"] != tp * pp * ep:
-        problems.append(f"{request.where('WS')} is {v['WS']}, but TP {tp} × PP {pp} × EP {ep} = {tp * pp * ep}")
     if config is None:
         return problems
     heads, kind = (

@@ -102,18 +102,16 @@ CKPT: Table = (
     ),
     Arg("--saver", one_of("megatron", "mixtral"), "megatron or mixtral", default="megatron"),
     Arg("--load-dir", words, SOURCE.allowed),
-    Arg(
-        "--save-dir", words, "the directory to write, or to Hugging Face the original model, beside which mg2hg appears"
-    ),
+    Arg("--save-dir", words, "the directory to write; to Hugging Face, the original model's, in which mg2hg appears"),
     Arg(
         "--save-model-type",
         one_of("megatron", "save_huggingface_llama", "save_huggingface_qwen", "huggingface", "hf"),
         "megatron, save_huggingface_llama, save_huggingface_qwen, huggingface or hf",
         default="megatron",
     ),
-    Arg("--target-tensor-parallel-size", whole, f"{NOT_SAID}: as the source", default="0"),
-    Arg("--target-pipeline-parallel-size", whole, f"{NOT_SAID}: as the source", default="0"),
-    Arg("--target-expert-parallel-size", whole, f"{NOT_SAID}: as the source", default="0"),
+    Arg("--target-tensor-parallel-size", whole, f"{NOT_SAID}: as the source; of a Mixtral, 1", default="0"),
+    Arg("--target-pipeline-parallel-size", whole, f"{NOT_SAID}: as the source; of a Mixtral, 1", default="0"),
+    Arg("--target-expert-parallel-size", whole, f"{NOT_SAID}: as the source; of a Mixtral, 1", default="0"),
     Arg("--params-dtype", TYPES, "fp32, fp16 or bf16; default: as stored", default=""),
     Arg("--true-vocab-size", whole, f"{NOT_SAID}: the vocab_size of config.json", default="0"),
     Switch("--add-qkv-bias", switch, SWITCH, default="false"),

@@ -55,7 +55,7 @@ def _format(request: Request, *, is_export: bool) -> str:
 
 
 def _layout(request: Request, source: str, *, is_export: bool) -> dict[str, int]:
-    """The sizes that were said; else the source's own, as ModelLink has it. A Hugging Face directory has none."""
+    """The sizes that were said; else, as ModelLink has it, the source's own where experts do not blur their names."""
     said = {flag: request.values[name] for flag, name in SIZES.items()}
     if is_export:
         cut = {flag: size for flag, size in said.items() if size > 1}
@@ -63,7 +63,8 @@ def _layout(request: Request, source: str, *, is_export: bool) -> dict[str, int]
             names = ", ".join(f"{SIZES[flag]} {size}" for flag, size in cut.items())
             raise UsageError(f"{names}: a Hugging Face directory is not cut; use 1")
         return {}
-    found = {} if LOADERS[request.values["--loader"]] else rank_sizes(Path(source))
+    is_plain = not LOADERS[request.values["--loader"]] and request.values["--saver"] == "megatron"
+    found = rank_sizes(Path(source)) if is_plain else {}
     return {flag: size or found.get(flag, 1) for flag, size in said.items() if size or flag in found}
 
 

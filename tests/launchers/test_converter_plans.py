@@ -178,6 +178,12 @@ def test_a_world_size_is_the_product_or_has_no_effect(refused, planned):
     assert any("argument 13 (WS) is 16: no effect without experts" in warning for warning in warnings)
 
 
+def test_experts_that_a_checkpoint_has_not_are_refused_on_the_way_back(refused):
+    write_model(Path("hf"), "mistral")
+    back = changed(MODEL_SIZE="auto", HG_CKPT_PATH="hf", SOURCE_CKPT_PATH="mcore", NUM_EXPERTS="8", mg2hf="true")
+    assert "argument 9 (NUM_EXPERTS) is 8, and config.json describes none; use 0" in refused("mistral-convert", back)
+
+
 def test_layers_that_do_not_fill_the_stages_are_refused(refused, monkeypatch):
     monkeypatch.setenv("MP_PP0_LAYERS", "2")
     monkeypatch.setenv("MP_DRY_RUN", "1")
@@ -262,9 +268,19 @@ def test_modellink_flags_that_contradict_the_model_are_refused(refused, tmp_path
     assert told in refused("convert-ckpt", ["--model-type", "GPT", "--load-dir", "hf", "--save-dir", "out", *flags])
 
 
+def test_help_lists_flags_and_numbers_positionals(capsys):
+    assert main(["convert-ckpt", "--help"]) == 0
+    assert "  --save-dir                        the directory to write;" in capsys.readouterr().out
+    assert main(["qwen-megablocks", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "mg2hf" in line] == [["12", "mg2hf"], ["10", "mg2hf"]]
+
+
 def test_sizes_that_modellink_leaves_out_are_the_sources(planned):
     for name in ("mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"):
         Path("in/iter_0000001", name).mkdir(parents=True)
     Path("in/latest_checkpointed_iteration.txt").write_text("1")
     command = planned("convert-ckpt", [*CKPT, "--target-tensor-parallel-size", "1"])["command"]
     assert (after(command, "--tp"), after(command, "--pp")) == ("1", "2")
+    command = planned("convert-ckpt", [*CKPT, "--loader", "mixtral_mg", "--saver", "mixtral"])["command"]
+    assert "--tp" not in command  # convert's default is 1
