@@ -4,12 +4,15 @@ import json
 import pytest
 import torch
 from beside_transformers import ours, peer
+from safetensors.torch import load_file
+from tiny_checkpoint import hf_tensors, write_directory
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.checkpoint.formats import FORMATS
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.checkpoint.upcycle import UpcycledSource, upcycle
+from megatron_patch.convert import main
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.families.resolve import read_config
@@ -196,3 +199,24 @@ def test_the_written_config_keeps_what_is_said_of_the_tokenizer():
     hf = upcycled_hf_config({"eos_token_id": 2, "num_hidden_layers": 99}, family, config, "bfloat16")
     assert hf["eos_token_id"] == 2 and hf["num_local_experts"] == 4 and hf["torch_dtype"] == "bfloat16"
     assert family.config(hf) == config
+
+
+def test_the_command_upcycles_into_any_format_and_proves_it(tmp_path, capsys):
+    write_directory(tmp_path / "dense", hf_tensors())
+    flags = ["--upcycle-experts", "4", "--upcycle-topk", "2", "--upcycle-splits", "2", "--upcycle-ffn", "16"]
+    assert main([str(tmp_path / "dense"), str(tmp_path / "mb"), "--format", "megablocks", "--ep", "2", *flags]) == 0
+    assert main([str(tmp_path / "mb"), str(tmp_path / "hf"), "--format", "hf", "--verify"]) == 0
+    assert main([str(tmp_path / "dense"), str(tmp_path / "direct"), "--format", "hf", "--verify", *flags]) == 0
+    read = {name: load_file(tmp_path / name / "model.safetensors") for name in ("dense", "hf", "direct")}
+    assert read["hf"].keys() == read["direct"].keys()
+    assert all(torch.equal(tensor, read["direct"][name]) for name, tensor in read["hf"].items())
+    expert = read["hf"]["model.layers.1.block_sparse_moe.experts.3.w3.weight"]
+    assert torch.equal(expert[:12], read["dense"]["model.layers.1.mlp.up_proj.weight"][12:]) and len(expert) == 16
+    hf = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (hf["architectures"], hf["num_local_experts"], hf["intermediate_size"]) == (["MixtralForCausalLM"], 4, 16)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "dense"), str(tmp_path / "x"), "--format", "hf", "--upcycle-experts", "4"])
+    assert "upcycling needs both --upcycle-experts and --upcycle-topk" in capsys.readouterr().err
+    assert main([str(tmp_path / "hf"), str(tmp_path / "x"), "--format", "hf", *flags]) == 1
+    assert "the model already has 4 experts" in capsys.readouterr().err and not (tmp_path / "x").exists()
