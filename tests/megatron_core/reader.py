@@ -157,7 +157,14 @@ def load(model, state) -> None:
         raise ValueError(f"Megatron-Core misses {lost} and does not know {result.unexpected_keys}")
 
 
-def run_rank(case, args, rendezvous: str, rank: int, world: int) -> None:
+def load_rank_file(case, args, models) -> None:
+    """Load this rank's file into its virtual chunks."""
+    checkpoint = torch.load(rank_file(latest(case["root"]), args), weights_only=False)
+    for chunk, model in enumerate(models):
+        load(model, checkpoint[f"model{chunk}" if len(models) > 1 else "model"])
+
+
+def run_rank(case, args, rendezvous: str, rank: int, world: int, load_models) -> None:
     """Everything one rank does."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -173,12 +180,10 @@ def run_rank(case, args, rendezvous: str, rank: int, world: int) -> None:
     )
     model_parallel_cuda_manual_seed(1)
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    checkpoint = torch.load(rank_file(latest(case["root"]), args), weights_only=False)
     tokens = torch.load(case["tokens"])
     ends = [(chunk == stage == 0, (chunk, stage) == (chunks - 1, stages - 1)) for chunk in range(chunks)]
     models = [build(args, chunk if chunks > 1 else None, *end) for chunk, end in enumerate(ends)]
-    for chunk, model in enumerate(models):
-        load(model, checkpoint[f"model{chunk}" if chunks > 1 else "model"])
+    load_models(case, args, models)
     for model, (is_first, is_last) in zip(models, ends, strict=True):
         if not is_first:
             incoming = torch.empty(tokens.shape[1], tokens.shape[0], args.hidden_size)
@@ -211,12 +216,13 @@ def world_size(args) -> int:
     return math.lcm(args.tensor_model_parallel_size * stages, experts)
 
 
-def run(case) -> None:
-    """Fork the ranks of one case and wait for them."""
+def run(case, load_models=load_rank_file) -> None:
+    """Fork the ranks of one case and wait for them; its `layout` replaces that of the checkpoint's arguments."""
     args = torch.load(next(latest(case["root"]).rglob("*.pt")), weights_only=False, mmap=True)["args"]
+    vars(args).update(case.get("layout", {}))
     world, error = world_size(args), Path(case["out"] + ".error")
     with tempfile.TemporaryDirectory() as directory:
-        children = [fork(case, args, f"{directory}/rendezvous", rank, world, error) for rank in range(world)]
+        children = [fork(case, args, f"{directory}/rendezvous", rank, world, load_models) for rank in range(world)]
         deadline = time.monotonic() + TIMEOUT
         while children and time.monotonic() < deadline and not error.exists():
             children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
@@ -228,13 +234,14 @@ def run(case) -> None:
             error.write_text(f"no result after {TIMEOUT} s")
 
 
-def fork(case, args, rendezvous: str, rank: int, world: int, error: Path) -> int:
-    """Start a rank and return its process id; what it raises goes to the file `error`."""
+def fork(case, args, rendezvous: str, rank: int, world: int, load_models) -> int:
+    """Start a rank and return its process id; what it raises goes to the case's error file."""
+    error = Path(case["out"] + ".error")
     child = os.fork()
     if child:
         return child
     try:
-        run_rank(case, args, rendezvous, rank, world)
+        run_rank(case, args, rendezvous, rank, world, load_models)
     except BaseException:
         error.with_suffix(f".{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         error.with_suffix(f".{rank}").rename(error)
