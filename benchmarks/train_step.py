@@ -1,9 +1,10 @@
 """One training step on the CPU beside transformers': same weights, same batch, same optimizer, one process, float32.
 
-    python3 benchmarks/train_step.py [--steps 8] [--threads 2]
+    python3 benchmarks/train_step.py [--family mistral] [--steps 8] [--threads 2] [--experts eager]
 
 Steps alternate, so that the machine's drift hits both. Prints medians and the ratio transformers / ours: above 1, ours
-is faster.
+is faster. `--experts` chooses transformers' way of computing experts: `eager` loops over them, as its users have it on
+a CPU; `grouped_mm` and `batched_mm` are its faster ones.
 """
 
 import argparse
@@ -15,7 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +34,7 @@ from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.data.batches import Batch
 from megatron_patch.families import ALL
+from megatron_patch.families.family import Family
 from megatron_patch.families.manifest import manifest
 from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import build_model
@@ -33,21 +44,42 @@ from megatron_patch.train.step import backward
 from megatron_patch.train.weights import load_weights
 
 BATCH, LENGTH = 4, 512
-SHAPE = MistralConfig(
-    num_hidden_layers=4,
-    hidden_size=512,
-    intermediate_size=1792,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-    sliding_window=4096,
-    attn_implementation="sdpa",
-)
+DENSE = {
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+FINE_GRAINED = DENSE | {"num_key_value_heads": 8, "moe_intermediate_size": 256, "num_experts_per_tok": 4}
+STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e4}
+LLAMA3 = STRETCHED | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = STRETCHED | {"rope_type": "yarn", "mscale": 0.707, "mscale_all_dim": 0.707}
+SHAPES = {  # the proportions of published models, small
+    "mistral": MistralConfig(**DENSE, sliding_window=4096),
+    "llama": LlamaConfig(**DENSE, rope_parameters=LLAMA3),
+    "qwen1_5": Qwen2Config(**DENSE | {"num_key_value_heads": 8}),
+    "mixtral": MixtralConfig(**DENSE, num_local_experts=8, num_experts_per_tok=2),
+    "qwen1_5_moe": Qwen2MoeConfig(**FINE_GRAINED, num_experts=32, shared_expert_intermediate_size=1024),
+    "deepseek_v2": DeepseekV2Config(
+        **FINE_GRAINED,
+        n_routed_experts=32,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        rope_parameters=YARN,
+    ),
+}
 OPTIMIZER = OptimizerConfig(lr=1e-4, min_lr=1e-5, lr_decay_iters=100)
 
 
-def peer_step(peer: MistralForCausalLM, tokens: torch.Tensor) -> Callable[[], float]:
+def peer_step(peer: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], float]:
     """A step as transformers' users write it."""
     betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -66,9 +98,9 @@ def peer_step(peer: MistralForCausalLM, tokens: torch.Tensor) -> Callable[[], fl
     return step
 
 
-def our_step(directory: Path, tokens: torch.Tensor) -> Callable[[], float]:
+def our_step(directory: Path, family: Family, tokens: torch.Tensor) -> Callable[[], float]:
     """The training loop's step, from the peer's weights."""
-    mesh, family = single_process(), ALL["mistral"]
+    mesh = single_process()
     config = family.config(read_config(directory))
     entries = manifest(family, config)
     model = build_model(config, ParallelConfig(), "fp32", mesh)
@@ -89,16 +121,22 @@ def our_step(directory: Path, tokens: torch.Tensor) -> Callable[[], float]:
 def main() -> None:
     """Alternate the two and print their medians and ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=SHAPES, default="mistral")
+    parser.add_argument("--experts", choices=("eager", "grouped_mm", "batched_mm"), default="eager")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    tokens = torch.randint(0, SHAPE.vocab_size, (BATCH, LENGTH + 1))
-    peer = MistralForCausalLM(SHAPE)
+    tokens = torch.randint(0, DENSE["vocab_size"], (BATCH, LENGTH + 1))
+    shape = SHAPES[options.family]
+    peer = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa", experts_implementation=options.experts)
     with tempfile.TemporaryDirectory() as directory:
         peer.save_pretrained(directory)
-        steps = {"transformers": peer_step(peer, tokens), "ours": our_step(Path(directory), tokens)}
+        steps = {
+            "transformers": peer_step(peer, tokens),
+            "ours": our_step(Path(directory), ALL[options.family], tokens),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(options.steps + 1):
             for name, step in steps.items():
