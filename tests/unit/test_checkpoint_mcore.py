@@ -335,6 +335,26 @@ def test_copies_that_differ_are_told_with_both_files(tmp_path, family, layout, r
         source.read(entry)
 
 
+def test_a_vocabulary_padded_further_is_read_without_its_padding(tmp_path):
+    written = tiny.write(tmp_path, "mistral", tp=2)
+
+    def pad(payload):  # to 32 rows a rank, of which the second has none of the vocabulary's
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            whole = written.tensors[name]
+            rank = [torch.cat([whole, whole[-1:].expand(11, -1)]), whole[-1:].expand(32, -1)]
+            payload["model"][name] = rank[payload["rank"]].clone()
+
+    for rank in (0, 1):
+        tiny.rewrite(tmp_path, f"mp_rank_0{rank}", lambda payload, rank=rank: pad(payload | {"rank": rank}))
+    tiny.check_equal(tiny.open_it(tmp_path, "mistral"), written, "mistral")
+    taller = {"output_layer.weight": torch.zeros(33, 16)}
+    tiny.rewrite(tmp_path, "mp_rank_01", lambda payload: payload["model"].update(taller))
+    with pytest.raises(
+        ValueError, match=r"output_layer.weight is .* \(32, 16\) in .*, but .* \(33, 16\) in .*mp_rank_01"
+    ):
+        tiny.open_it(tmp_path, "mistral")
+
+
 def test_copies_of_a_nan_are_equal(tmp_path):
     tiny.write(tmp_path, "mistral", tp=2)
     name = "decoder.final_layernorm.weight"
