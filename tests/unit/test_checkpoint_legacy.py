@@ -96,6 +96,14 @@ def test_stages_count_their_layers_from_zero_and_hold_their_ends(tmp_path):
     assert torch.equal(norm, model.tensors["decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"])
 
 
+def test_a_tied_output_layer_stands_on_the_last_stage_where_megatron_looks_for_it(tmp_path):
+    model = tiny("qwen1_5", tie_word_embeddings=True)
+    last = payload(model.write(tmp_path / "two", "modellink", pp=2), "mp_rank_00_001")["model"]
+    assert torch.equal(last["word_embeddings_for_head"]["weight"], model.tensors[EMBEDDING])
+    assert "output_layer" not in last["language_model"]
+    assert list(payload(model.write(tmp_path / "one", "modellink"))["model"]) == ["language_model"]
+
+
 def test_query_key_value_rows_stand_group_by_group(tmp_path):
     """4 heads, 2 groups, 2 channels: q rows 0-7, k rows 100-103, v rows 200-203, cut by two ranks."""
     model = tiny("mistral", hidden_size=8, num_hidden_layers=1)
