@@ -109,8 +109,9 @@ def on_ranks(config: ModelConfig, parallel: ParallelConfig, world: int, precisio
     return step(config, parallel, precision, mesh, steps, dtype)
 
 
-def router_dtypes(config: ModelConfig, world: int) -> list[torch.dtype]:
-    """The type of each router's weight as its forward sees it, in a model that computes in bfloat16."""
+def bf16_shards(config: ModelConfig, world: int) -> tuple[list[torch.dtype], int, int]:
+    """In a model that computes in bfloat16: the type of each router's weight as its forward sees it, the bytes of this
+    rank's shards, and of all parameters as its forward sees them, padded to equal shards."""
     mesh = build_mesh(Grid(tp=1, cp=1, ep=1, pp=1, world=world), torch.device("cpu"), sharded=True)
     model = build_model(config, ParallelConfig(), "bf16", mesh)
     entries = manifest(family(config), config)
@@ -119,5 +120,7 @@ def router_dtypes(config: ModelConfig, world: int) -> list[torch.dtype]:
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.register_forward_pre_hook(lambda router, _: seen.append(router.weight.dtype))
+    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
     model(micro_batches(mesh.dp.rank, mesh.dp.size)[0].tokens)
-    return seen
+    whole = [(len(p), p.nbytes) for p in model.parameters()]  # since reshard_after_forward is off
+    return seen, held, sum(size // rows * -(-rows // world) * world for rows, size in whole)

@@ -1,16 +1,20 @@
 """One process is the reference for every parallel layout: the same loss and the same gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from layout_step import EXPERTS, MODEL, TIED, family, global_batch, on_ranks, router_dtypes, step
+from layout_step import EXPERTS, MODEL, TIED, bf16_shards, family, global_batch, on_ranks, step
 from megatron_patch.checkpoint.layouts import cut, join
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
+from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.mesh import single_process
+from megatron_patch.plan.memory import memory
 from megatron_patch.train.step import backward
 from megatron_patch.train.weights import RandomWeights, load_weights
 from ranks import run_ranks
@@ -74,8 +78,12 @@ def test_data_parallel_experts_have_the_loss_and_gradients_of_one_process(name):
         assert error < 1e-5, f"{parameter}: {error:.1e}"
 
 
-def test_a_router_keeps_its_float32_weight_in_a_bf16_model():
-    assert run_ranks(router_dtypes, 2, EXPERTS, 2) == [[torch.float32]] * 2
+def test_a_router_computes_in_float32_in_a_bf16_model_and_memory_is_planned_so():
+    (dtypes, held, unsharded), _ = run_ranks(bf16_shards, 2, EXPERTS, 2)
+    assert dtypes == [torch.float32]
+    run = SimpleNamespace(model=EXPERTS, parallel=ParallelConfig(), precision="bf16")
+    planned = memory(run, manifest(family(EXPERTS), EXPERTS), Grid(tp=1, cp=1, ep=1, pp=1, world=2))
+    assert (planned["master_weights"], planned["working_copy"]) == (held, unsharded)
 
 
 @pytest.mark.parametrize("name", ["tp2-sp-dp2-sharded", "tp2-dp2-replicated"])
