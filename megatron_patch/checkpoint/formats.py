@@ -10,7 +10,6 @@ from megatron_patch.checkpoint.legacy import LEGACY_FORMATS
 from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, write_mcore
 from megatron_patch.checkpoint.mcore_source import open_mcore
 from megatron_patch.checkpoint.torch_dist import (
-    CONTENT,
     check_torch_dist,
     holds_torch_dist,
     open_torch_dist,
@@ -24,7 +23,7 @@ _IN_ORDER = (
     Format("hf", "model.safetensors, pytorch_model.bin (or their index)", holds_hf, open_hf, check_hf_target, write_hf),
     Format(
         "torch_dist",
-        CONTENT,
+        TRACKER,
         holds_torch_dist,
         open_torch_dist,
         check_torch_dist,

@@ -103,7 +103,7 @@ class TorchDistSource:
     def parts(self, entry: Entry) -> list[Tensor]:
         """What lies in each box, without the axes of layers and experts. Raises ValueError for a damaged one."""
         parts = map(map_part, self.stored[entry.mcore])
-        return [part.view(part.shape[part.dim() - len(entry.shape) :]) for part in parts]
+        return [part[(0,) * (part.dim() - len(entry.shape))] for part in parts]
 
     def assemble(self, entry: Entry, parts: list[Tensor]) -> Tensor:
         """Joined along the axis that cuts it: the boxes of a half, and the halves."""
@@ -122,8 +122,11 @@ class TorchDistSource:
 
 
 def holds_torch_dist(directory: Path) -> bool:
-    """Whether `directory` looks like a checkpoint of Megatron-Core's dist_checkpointing."""
-    return any(directory.glob(f"*/{CONTENT}")) and any(directory.glob(f"*/{INDEX}"))
+    """Whether the iteration that the tracker of `directory` names is one of Megatron-Core's dist_checkpointing."""
+    try:
+        return (latest_directory(directory) / INDEX).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> TorchDistSource:
@@ -141,13 +144,14 @@ def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> To
     wanted = {entry.mcore: places(entry, config, naming) for entry in entries}
     axes = {place.name: len(place.sizes) for found in wanted.values() for place in found}
     check_complete(list(axes), index, str(directory))
-    boxes = {name: boxes_by_position(index[name], count) for name, count in axes.items()}
-    stored: dict[str, tuple[Part, ...]] = {}
     for entry in entries:
         for place in wanted[entry.mcore]:
             _check_shape(directory, entry, place, index[place.name])
-            parts = _parts(directory, place, index[place.name].dtype, boxes[place.name])
-            stored[entry.mcore] = stored.get(entry.mcore, ()) + parts
+    boxes = {name: boxes_by_position(index[name], count) for name, count in axes.items()}
+    stored = {
+        name: tuple(part for place in found for part in _parts(directory, place, index[place.name].dtype, boxes))
+        for name, found in wanted.items()
+    }
     return TorchDistSource(directory, stored, naming.transformer_impl)
 
 
@@ -249,10 +253,10 @@ def _check_shape(directory: Path, entry: Entry, place: Place, stored: Stored) ->
 
 
 def _parts(
-    directory: Path, place: Place, dtype: torch.dtype, boxes: Mapping[tuple[int, ...], list[Box]]
+    directory: Path, place: Place, dtype: torch.dtype, boxes: Mapping[str, Mapping[tuple[int, ...], list[Box]]]
 ) -> tuple[Part, ...]:
     try:
-        return resolve_parts(boxes.get(place.position, ()), dtype, *_extent(place))
+        return resolve_parts(boxes[place.name].get(place.position, ()), dtype, *_extent(place))
     except ValueError as error:
         raise ValueError(f"{directory}: {place.name}: {error}") from None
 
