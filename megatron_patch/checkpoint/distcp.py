@@ -200,7 +200,7 @@ def map_part(part: Part) -> Tensor:
 
 
 def lay_out(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[BlankBox], objects: Iterable[str]
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[BlankBox], objects: Sequence[str]
 ) -> list[int]:
     """Write global tensors of `shapes` but for their values, and an empty object under every name in `objects`.
 
@@ -234,16 +234,15 @@ def lay_out(
         name: dcp.TensorStorageMetadata(properties[name], torch.Size(shape), chunks[name])
         for name, shape in shapes.items()
     }
-    index = dcp.Metadata(
-        {key.fqn: tensors.get(key.fqn) or dcp.BytesStorageMetadata() for key in storage},
-        storage_data=storage,
-        storage_meta=dcp.StorageMeta(),
-    )
-    with (directory / INDEX).open("wb") as file:
-        pickle.dump(index, file)
+    _write_index(directory / INDEX, tensors | {name: dcp.BytesStorageMetadata() for name in objects}, storage)
+    return offsets
+
+
+def _write_index(path: Path, contents: dict[str, Any], storage: dict[dcp.MetadataIndex, StorageInfo]) -> None:
+    with path.open("wb") as file:
+        pickle.dump(dcp.Metadata(contents, storage_data=storage, storage_meta=dcp.StorageMeta()), file)
         file.flush()
         os.fsync(file.fileno())
-    return offsets
 
 
 class _Window(io.RawIOBase):

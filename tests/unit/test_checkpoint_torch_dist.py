@@ -309,6 +309,13 @@ def test_arguments_that_contradict_the_architecture_are_told(tmp_path):
         open_it(tmp_path)
 
 
+def test_the_arguments_make_megatron_core_look_for_the_names_that_are_there(tmp_path):
+    for family, frequency in (("mixtral", 1), ("deepseek_v2", [0, 1, 1, 1])):
+        write(tmp_path / family, family)
+        common = torch.load(tmp_path / family / "release" / "common.pt", weights_only=False)
+        assert common["args"].moe_layer_freq == frequency
+
+
 def test_layers_of_different_types_cannot_be_one_tensor(tmp_path):
     source = RandomSource("mistral")
     name = "decoder.layers.2.mlp.linear_fc2.weight"
