@@ -23,6 +23,7 @@ from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.families.resolve import Resolved, from_checkpoint
 
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 _COMMAND = "python3 -m megatron_patch.convert"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"convert: interrupted; {job.target} is as it was", file=sys.stderr)
+        return INTERRUPTED
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     seconds = time.perf_counter() - start

@@ -175,10 +175,7 @@ def write_rank(
         "iteration": iteration or 0,
         "model": {name: _alone(tensor) for name, tensor in tensors.items()},
     }
-    with (directory / RANK_FILE).open("wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _save(directory / RANK_FILE, payload)
 
 
 def publish(root: Path, iteration: int | None, tp: int) -> Path:
@@ -207,6 +204,20 @@ def _unpublished(root: Path, iteration: int | None) -> Path:
 
 def _rank_name(rank: int) -> str:
     return f"mp_rank_{rank:02d}"
+
+
+def _save(path: Path, payload: dict[str, Any]) -> None:
+    """`torch.save`, on the disk when it returns. Raises OSError naming `path` when the disk is full."""
+    try:
+        with path.open("wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # else torch's zip writer only says that it lost its place
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -240,7 +251,9 @@ def _check_args(file: Path, args: Any, config: ModelConfig, tp: int) -> None:
     """Raise ValueError where the stored arguments contradict the files found or the architecture wanted."""
     if args is None:
         return  # some converters store none; names and shapes still have to fit
-    stored = dict(vars(args))
+    if not isinstance(args, dict | argparse.Namespace):
+        raise ValueError(f"{file}: args is {type(args).__name__}, not a namespace; it is not an mcore checkpoint")
+    stored = dict(args if isinstance(args, dict) else vars(args))
     if isinstance(stored.get(_TP), int) and stored[_TP] > tp:
         missing = file.parent.with_name(_rank_name(tp))
         raise FileNotFoundError(f"{missing} does not exist, but {file} was written at tp {stored[_TP]}")
@@ -263,6 +276,8 @@ def _named(file: Path, model: Mapping[str, Any], spelling: Mapping[str, str]) ->
     """The rank's tensors under manifest names; `_extra_state` is the only key left out."""
     named: dict[str, Tensor] = {}
     for key, value in model.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{file}: {key!r} names a tensor, and a name is text; it is not an mcore checkpoint")
         if key.endswith("_extra_state"):
             continue
         if not isinstance(value, Tensor):

@@ -6,12 +6,14 @@ neither adds a per-family branch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from megatron_patch.config.model import ModelConfig
 
 # Settings whose absence is a meaning: a null in config.json switches them off.
 OPTIONAL = frozenset(item.name for item in fields(ModelConfig) if item.default is None)
+KINDS = MappingProxyType({item.name: item.type for item in fields(ModelConfig)})
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,8 @@ class Family:
         missing = [key.hf[0] for key in self.keys.values() if key.is_required and key.read(hf) is None]
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} missing; {self.name} cannot be sized without")
-        for key in self.keys.values():
-            value = key.found(hf)
-            if value is not None and not isinstance(value, int | float):
-                raise ValueError(f"config.json: {key.hf[0]} is {value!r}; a number is needed")
+        for field, key in self.keys.items():
+            _check_kind(key.hf[0], key.found(hf), KINDS[field])
         values = {field: key.read(hf) for field, key in self.keys.items()}
         null = [key.hf[0] for field, key in self.keys.items() if values[field] is None and field not in OPTIONAL]
         if null:
@@ -101,6 +101,20 @@ class Family:
         """The `config.json` of weights that started here, in the spelling every transformers release reads."""
         keys = {key.hf[0]: getattr(config, field) for field, key in self.keys.items()}
         return {"architectures": [self.architecture], "model_type": self.name, "torch_dtype": dtype, **keys}
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError unless `value` is of a field's `kind`: bool, float, or int (≥ 1, also where it is optional)."""
+    if value is None:
+        return
+    if kind is bool:
+        fits, needed = isinstance(value, bool), "true or false"
+    elif kind is float:
+        fits, needed = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    else:
+        fits, needed = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number ≥ 1"
+    if not fits:
+        raise ValueError(f"config.json: {name} is {value!r}; {needed} is needed")
 
 
 def _descend(hf: Mapping[str, Any], name: str) -> Any:

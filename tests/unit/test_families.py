@@ -130,10 +130,16 @@ def test_both_spellings_of_rope_theta_are_read(rope):
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"hidden_size": "4096"},
         {"rms_norm_eps": [1e-5]},
+        {"num_hidden_layers": 32.0},
+        {"num_hidden_layers": True},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"sliding_window": 0},
+        {"tie_word_embeddings": 1},
+        {"rms_norm_eps": True},
     ],
     ids=str,
 )
-def test_what_would_change_the_mathematics_is_refused(change):
+def test_what_would_change_the_mathematics_or_is_of_another_kind_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         MISTRAL.config(read_config(V01) | change)
 
@@ -164,7 +170,14 @@ def test_a_shape_that_disagrees_names_key_and_both_values(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "holds list"), ('{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'")],
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "holds list"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'"),
+        ('{"architectures": 5}', r"architectures\[0\] is None"),
+    ],
+    ids=["cut", "deep", "list", "family", "number"],
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
