@@ -25,6 +25,7 @@ from megatron_patch.families.resolve import Resolved, from_checkpoint, read_conf
 from megatron_patch.families.upcycle import Upcycling, resolve_upcycled, upcycled_hf_config
 from megatron_patch.verify import check_equal, check_logits
 
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 _COMMAND = "python3 -m megatron_patch.convert"
 # Behind `--upcycle-`: the field of Upcycling.
 _UPCYCLING = {
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("convert: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        print(f"convert: interrupted; {job.target} is as it was", file=sys.stderr)
+        return INTERRUPTED
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(_closing_line(job, summary, time.perf_counter() - start, peak()))

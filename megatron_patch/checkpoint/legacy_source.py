@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
 from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
-from megatron_patch.checkpoint.megatron_args import check_args
+from megatron_patch.checkpoint.megatron_args import check_args, stored_args
 from megatron_patch.checkpoint.placement import Rank
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, ZEROS, Item, Spelling, items
 from megatron_patch.checkpoint.unpickle import read_pt
@@ -205,7 +205,7 @@ def _check_payload(
     version = payload.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
         raise ValueError(f"{path} has checkpoint_version {version!r}, which orders QKV otherwise; 2.0 and 3.0 are read")
-    args = payload.get("args")
+    args = stored_args(path, payload)
     if args is not None and spelling.expert_first:  # its expert-parallel ranks are the data-parallel ones
         args = argparse.Namespace(**{**vars(args), "expert_model_parallel_size": None})
     check_args(path, args, config, target)

@@ -114,10 +114,7 @@ def write_rank(
     directory = _unpublished(root, iteration) / _rank_name(tp_rank)
     directory.mkdir(parents=True, exist_ok=True)
     payload = _around(args, iteration) | {"model": {name: _alone(tensor) for name, tensor in tensors.items()}}
-    with (directory / RANK_FILE).open("wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _save(directory / RANK_FILE, payload)
 
 
 def publish(root: Path, iteration: int | None, tp: int) -> Path:
@@ -146,6 +143,20 @@ def _unpublished(root: Path, iteration: int | None) -> Path:
 
 def _rank_name(rank: int) -> str:
     return f"mp_rank_{rank:02d}"
+
+
+def _save(path: Path, payload: dict[str, Any]) -> None:
+    """`torch.save`, on the disk when it returns. Raises OSError naming `path` when the disk is full."""
+    try:
+        with path.open("wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # else torch's zip writer only says that it lost its place
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
 from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
-from megatron_patch.checkpoint.megatron_args import check_args, stored_size
+from megatron_patch.checkpoint.megatron_args import check_args, stored_args, stored_size
 from megatron_patch.checkpoint.placement import (
     EMBEDDING,
     Rank,
@@ -172,11 +172,14 @@ def _open_file(path: Path) -> _RankFile:
     if not names or set(names) != set(wanted):
         found = ", ".join(map(str, held))
         raise ValueError(f"{path} holds no dict under 'model', nor under 'model0', 'model1' … (it holds {found})")
-    return _RankFile(path, held.get("args"), [_tensors(path, held[name]) for name in wanted])
+    return _RankFile(path, stored_args(path, held), [_tensors(path, held[name]) for name in wanted])
 
 
 def _tensors(path: Path, model: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the chunk holds; `_extra_state` is the only key left out."""
+    nameless = next((key for key in model if not isinstance(key, str)), None)
+    if nameless is not None:
+        raise ValueError(f"{path}: {nameless!r} names a tensor, and a name is text; it is not an mcore checkpoint")
     tensors = {name: value for name, value in model.items() if not name.endswith("_extra_state")}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):

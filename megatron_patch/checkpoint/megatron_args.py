@@ -1,7 +1,9 @@
 """The `args` of a Megatron checkpoint: what its command line would have been, to write and to compare."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ _PARALLEL_COMPARED = {
     "virtual_pipeline_model_parallel_size": "vp",
     "decoder_first_pipeline_num_layers": "first_stage_layers",
 }
+_NAMESPACES = (argparse.Namespace, SimpleNamespace)  # Megatron's own, and its old converters'
 _EXPERT_COMPARED = {"expert_model_parallel_size": "ep", "expert_tensor_parallel_size": "expert_tp"}
 
 
@@ -46,6 +49,17 @@ def megatron_args(config: ModelConfig, target: Target, dtype: torch.dtype) -> ar
         fp16=dtype == torch.float16,
         transformer_impl={"te": "transformer_engine", "local": "local"}[target.transformer_impl],
     )
+
+
+def stored_args(file: Path, payload: Mapping[str, Any]) -> argparse.Namespace | None:
+    """The `args` of a file; some converters store a plain dict, some none. Raises ValueError for anything else."""
+    args = payload.get("args")
+    if args is None:
+        return None
+    named = args if isinstance(args, dict) else vars(args) if isinstance(args, _NAMESPACES) else None
+    if named is not None and all(isinstance(name, str) for name in named):
+        return argparse.Namespace(**named)
+    raise ValueError(f"{file}: args is {type(args).__name__}, not a namespace; it is not a Megatron checkpoint")
 
 
 def check_args(file: Path, args: Any, config: ModelConfig, found: Target) -> None:

@@ -31,7 +31,7 @@ from megatron_patch.checkpoint.distcp import (
 )
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.mcore import TRACKER, iteration_name, latest_directory
-from megatron_patch.checkpoint.megatron_args import check_architecture, megatron_args
+from megatron_patch.checkpoint.megatron_args import check_architecture, megatron_args, stored_args
 from megatron_patch.checkpoint.stream import Piece, fill
 from megatron_patch.checkpoint.stream import Place as FilePlace
 from megatron_patch.checkpoint.unpickle import read_pt
@@ -138,7 +138,7 @@ def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> To
     directory = latest_directory(root)
     common = read_pt(directory / COMMON)
     if isinstance(common, dict):
-        check_architecture(directory / COMMON, common.get("args"), config)
+        check_architecture(directory / COMMON, stored_args(directory / COMMON, common), config)
     index = {name: stored for name, stored in read_index(directory).items() if not name.startswith(_OPTIMIZER)}
     naming = _found_naming(index, entries, config)
     wanted = {entry.mcore: places(entry, config, naming) for entry in entries}

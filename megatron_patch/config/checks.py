@@ -45,11 +45,10 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (parallel, "context_parallel_size expert_model_parallel_size"),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
-        (run, "micro_batch_size global_batch_size log_interval eval_interval"),
+        (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters"),
     )
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
-        (run, "eval_iters"),
         (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
         (model, "moe_shared_expert_intermediate_size"),
         (run.data, "seed"),

@@ -61,7 +61,8 @@ def smallest_dtype(vocabulary_size: int) -> str:
 def _check_files(prefix: str) -> None:
     for suffix in (".idx", ".bin"):
         if not Path(prefix + suffix).is_file():
-            raise FileNotFoundError(f"dataset {prefix!r}: {prefix}{suffix} does not exist{_hint(prefix)}")
+            hint = _hint(prefix) if suffix == ".idx" else ""
+            raise FileNotFoundError(f"dataset {prefix!r}: {prefix}{suffix} does not exist{hint}")
 
 
 def _hint(prefix: str) -> str:
@@ -84,6 +85,8 @@ def _read_counts(file: BinaryIO, prefix: str) -> tuple[str, int, int]:
     names = {number: name for name, number in CODES.items()}
     if code not in names:
         raise ValueError(f"{prefix}.idx has token type {code}; known are 1 to {max(names)}")
+    if names[code].startswith("float"):
+        raise ValueError(f"{prefix}.idx has token type {names[code]}; tokens are whole numbers")
     if boundaries < 1:
         raise ValueError(f"{prefix}.idx has no document boundaries; rebuild the dataset")
     return names[code], sequences, boundaries

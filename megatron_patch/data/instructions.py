@@ -11,7 +11,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.gpt import Sample
-from megatron_patch.data.json_lines import Record, read_records
+from megatron_patch.data.json_lines import Record, check_characters, read_records
 from megatron_patch.data.prompts import Instruction, Rendered, Renderer
 
 QUESTION_KEYS = ("instruction", "query")
@@ -50,6 +50,8 @@ class InstructionDataset:
         if not records:
             raise ValueError(
                 f"{os.fspath(path)}: none of {self.skipped} records has a prompt of at most {length} tokens"
+                if self.skipped
+                else f"{os.fspath(path)} holds no record"
             )
         self._bounds = np.cumsum([0, *map(len, records)])
         self._ids = np.concatenate(records)
@@ -111,6 +113,7 @@ def _text(record: Record, keys: tuple[str, ...]) -> str:
     for key in keys:
         if key in record:
             if isinstance(record[key], str):
+                check_characters(record[key])
                 return record[key]
             raise ValueError(f"{key} is {type(record[key]).__name__}, not text")
     raise ValueError(f"no {' or '.join(keys)} among its keys ({', '.join(record) or 'none'})")

@@ -11,13 +11,26 @@ Record = dict[str, Any]
 
 def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record:
     """One line as an object. Raises ValueError naming file, line and column."""
+    where = f"{os.fspath(path)}, line {number}"
     try:
-        return _object(json.loads(line.rstrip()), f"{os.fspath(path)}, line {number}")
+        value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(path)}, line {number}, column {error.colno}: {error.msg}") from None
+        raise ValueError(f"{where}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
-        where = f"{os.fspath(path)}, line {number}, column {error.start + 1}"
-        raise ValueError(f"{where}: the byte {line[error.start]:#04x} is not UTF-8") from None
+        byte = line[error.start]
+        raise ValueError(f"{where}, column {error.start + 1}: the byte {byte:#04x} is not UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise ValueError(f"{where}: {error}") from None
+    return _object(value, where)
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair: JSON can spell it, but it is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"character {error.start + 1} is {half!a}, half of a surrogate pair") from None
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Record]]:
@@ -46,6 +59,8 @@ def _read_array(content: bytes, path: Path) -> Iterator[tuple[str, Record]]:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise ValueError(f"{path}: {error}") from None
     for number, value in enumerate(array, 1):
         where = f"{path}, record {number}"
         yield where, _object(value, where)

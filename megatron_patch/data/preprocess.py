@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
-from megatron_patch.data.json_lines import Record, parse_line
+from megatron_patch.data.json_lines import Record, check_characters, parse_line
 from megatron_patch.data.tokenizer import load_tokenizer, vocabulary_size
 
 # Input bytes tokenised at once: enough to keep every worker busy, and what bounds memory.
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130  # what a shell reports for a command that Ctrl-C ended
     seconds = time.perf_counter() - started
     for report in reports:
         print(f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
@@ -124,6 +127,11 @@ def _texts(record: Record, key: str, place: str) -> list[str]:
     texts = record[key] if isinstance(record[key], list) else [record[key]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{place}: {key!r} is neither text nor a list of texts")
+    for text in texts:
+        try:
+            check_characters(text)
+        except ValueError as error:
+            raise ValueError(f"{place}: {key!r}: {error}") from None
     return texts
 
 

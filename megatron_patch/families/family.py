@@ -12,6 +12,7 @@ from megatron_patch.config.model import ModelConfig
 
 # What a value may be, by field; bool is no number here.
 TYPES = {item.name: get_args(item.type) or (item.type,) for item in fields(ModelConfig)}
+DEFAULTS = {item.name: item.default for item in fields(ModelConfig)}
 
 # Settings whose absence is a meaning: a null in config.json switches them off.
 OPTIONAL = frozenset(name for name, types in TYPES.items() if type(None) in types)
@@ -144,8 +145,9 @@ class Family:
 def _check_type(field: str, key: Key, value: Any) -> None:
     wanted = next(kind for kind in TYPES[field] if kind is not type(None))
     kinds = (int, float) if wanted is float else (wanted,)
-    if value is not None and type(value) not in kinds:
-        noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[wanted]
+    least = 0 if DEFAULTS[field] == 0 else 1  # 0 is a size only where it means that there is none
+    if value is not None and (type(value) not in kinds or (wanted is int and value < least)):
+        noun = {int: f"a whole number ≥ {least}", float: "a number", bool: "true or false", str: "a text"}[wanted]
         raise ValueError(f"config.json: {key.hf[0]} is {value!r}; {noun} is needed")
 
 

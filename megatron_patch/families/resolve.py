@@ -52,6 +52,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a config.json") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path} holds {type(hf).__name__}, not an object")
     return hf
@@ -59,7 +61,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def by_architecture(hf: Mapping[str, Any], families: tuple[str, ...], directory: str | Path) -> Family:
     """The family whose architecture `hf` names."""
-    named = (hf.get("architectures") or [None])[0]
+    listed = hf.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else None
     for name in families:
         if ALL[name].architecture == named:
             return ALL[name]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 LARGEST_EXACT_FLOAT = 2**53
+LARGEST = 2**63 - 1
 WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
 
 
@@ -15,8 +16,8 @@ def whole(text: str) -> int:
         if not real.is_integer() or real > LARGEST_EXACT_FLOAT:
             raise ValueError(f"{text} is not a whole number") from None
         value = int(real)
-    if value < 0:
-        raise ValueError(f"{text} is negative")
+    if not 0 <= value <= LARGEST:
+        raise ValueError(f"{text} is negative, or beyond what is counted in 64 bits")
     return value
 
 
@@ -76,9 +77,9 @@ def keys(text: str) -> list[str]:
 
 
 def words(text: str) -> str:
-    """Text that is not empty, as typed."""
-    if not text.strip():
-        raise ValueError("empty")
+    """Text that is not empty, as typed. With a hyphen in front it would pass for an option (`./-name` does not)."""
+    if not text.strip() or text.startswith("-"):
+        raise ValueError("empty, or an option")
     return text
 
 

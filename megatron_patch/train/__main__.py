@@ -28,9 +28,12 @@ def main(argv: list[str]) -> int:
         device = start_process_group(parallel.distributed_timeout_minutes)
         train(run, build_mesh(grid, device, sharded=parallel.use_distributed_optimizer))
         dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, OverflowError) as error:
         print(f"megatron_patch.train: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print(f"megatron_patch.train: rank {os.environ['RANK']}: interrupted", file=sys.stderr, flush=True)
+        return 130  # what a shell reports for a command that Ctrl-C ended
     return 0
 
 

@@ -17,7 +17,7 @@ from megatron_patch.train.log import Log
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
 from megatron_patch.train.save import save_checkpoint
 from megatron_patch.train.schedule import learning_rate
-from megatron_patch.train.step import evaluate, train_step
+from megatron_patch.train.step import check_finite, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, Source, load_weights
 
 
@@ -40,6 +40,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
             set_learning_rate(optimizer, rate)
             result = train_step(run, model, optimizer, entries, micro_batches, mesh)
             fields = log.iteration(iteration, result, rate)
+            check_finite(iteration, result)
             is_validated = _due(run, iteration, run.eval_interval)
             log.finish(iteration, fields, evaluate(model, validation, mesh) if is_validated else None)
             if _due(run, iteration, run.checkpoint.save_interval):

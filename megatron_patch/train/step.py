@@ -1,5 +1,6 @@
 """One optimizer step and one validation pass."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,6 +47,15 @@ def train_step(
     )
     optimizer.step()
     return StepResult(loss.item(), norm.item())
+
+
+def check_finite(iteration: int, result: StepResult) -> None:
+    """Raise ValueError once the weights are spoiled: what stands on disk is better than anything saved from now on."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+        raise ValueError(
+            f"iteration {iteration}: the loss is {result.loss} and the gradient norm {result.gradient_norm}; "
+            "nothing more is saved. Lower LR, or check the data and the start weights"
+        )
 
 
 def backward(model: GPTModel, micro_batches: list[Batch], mesh: Mesh) -> Tensor:

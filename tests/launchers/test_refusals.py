@@ -58,6 +58,7 @@ def test_the_sizes_that_are_not_refused_are_the_families():
         *(("SAVE_INTERVAL", "0"), ("DATASET_PATH", " "), ("VALID_DATASET_PATH", "")),
         *(("PRETRAIN_CHECKPOINT_PATH", ""), ("TRAIN_TOKENS_OR_ITERS", "0"), ("WARMUP_TOKENS_OR_ITERS", "-1")),
         *(("OUTPUT_BASEPATH", ""), ("MODEL_SIZE", "9B"), ("MODEL_SIZE", "")),
+        *(("TRAIN_TOKENS_OR_ITERS", "9" * 400), ("SAVE_INTERVAL", str(2**63)), ("OUTPUT_BASEPATH", "-out")),
     ],
 )
 def test_a_bad_value_is_named_with_number_name_value_and_what_is_allowed(refused, name, text):

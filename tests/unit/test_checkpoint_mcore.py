@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import resource
 import shutil
 
 import layouts_of_mcore as tiny
@@ -100,6 +101,37 @@ def test_extra_states_are_ignored_and_nothing_else_is(tmp_path):
 def test_a_checkpoint_without_args_is_read_by_its_names_and_shapes(tmp_path):
     rewrite(save(tmp_path, whole_tensors()) / "mp_rank_00" / "model_optim_rng.pt", lambda payload: payload.pop("args"))
     assert open_it(tmp_path).dtype == torch.float32
+
+
+def test_args_may_be_a_plain_dict_and_nothing_else(tmp_path):
+    path = save(tmp_path, whole_tensors()) / "mp_rank_00" / "model_optim_rng.pt"
+    rewrite(path, lambda payload: payload.update(args=vars(payload["args"]) | {"num_layers": 3}))
+    with pytest.raises(ValueError, match=r"args.num_layers is 3, config.json says 2"):
+        open_it(tmp_path)
+    rewrite(path, lambda payload: payload.update(args=5))
+    with pytest.raises(ValueError, match=r"args is int, not a namespace"):
+        open_it(tmp_path)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = save(tmp_path, whole_tensors()) / "mp_rank_00" / "model_optim_rng.pt"
+    rewrite(path, lambda payload: payload["model"].update({5: torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"5 names a tensor, and a name is text"):
+        open_it(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "limit", [512, 20_000]
+)  # inside the header, and inside a tensor: torch.save raises differently
+def test_a_full_disk_is_told_as_one(tmp_path, limit):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model_optim_rng.pt"):
+            mcore.write_rank(tmp_path, None, 0, {"x": torch.zeros(100_000)}, argparse.Namespace())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "release").exists()
 
 
 def test_a_missing_tracker_or_iteration_is_named(tmp_path):

@@ -344,6 +344,16 @@ def test_a_failed_conversion_keeps_what_stood_in_the_target(source, tmp_path, ca
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def test_an_interrupted_conversion_says_so_and_leaves_nothing(source, tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_patch.convert.copy_assets", interrupted)
+    assert run(source, tmp_path / "out", "--format", "mcore") == 130
+    assert capsys.readouterr().err == f"convert: interrupted; {tmp_path / 'out'} is as it was\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_assets_serve_a_source_that_has_none(source, tmp_path, capsys):
     run(source, tmp_path / "mcore", "--format", "mcore")
     (tmp_path / "mcore" / "config.json").unlink()

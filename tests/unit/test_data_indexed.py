@@ -137,6 +137,7 @@ def damaged(tmp_path, suffix, change):
         (".idx", lambda b: b[:30], "is truncated: 30 bytes"),
         (".idx", lambda b: b[:9] + b"\x02" + b[10:], "has version 2; version 1 is read"),
         (".idx", lambda b: b[:17] + b"\x63" + b[18:], "has token type 99"),
+        (".idx", lambda b: b[:17] + b"\x07" + b[18:], "has token type float32; tokens are whole numbers"),
         (".idx", lambda b: b[:-1], "is truncated: 101 bytes, its header describes 102"),
         (".idx", lambda b: b + b"xx", "is too long: 104 bytes"),
         (".idx", lambda b: b[:-8] + b"\x02" + b[-7:], "cover 2 sequences of 3"),
@@ -167,5 +168,5 @@ def test_a_missing_pair_is_named_with_its_likely_spelling(given, hint, tmp_path)
 def test_a_missing_bin_is_named(tmp_path):
     prefix = place(tmp_path / "x", "int32_labels")
     Path(f"{prefix}.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"x\.bin does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"x\.bin does not exist$"):
         IndexedDataset(prefix)

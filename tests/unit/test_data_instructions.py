@@ -189,12 +189,21 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
         ('[{"instruction": "q", "output": "a"}', r"line 1, column \d+: Expecting"),
         ("[3]", "record 1: int instead of an object"),
         ('"text"', "line 1: str instead of an object"),
+        (GOOD + '{"a":' * 100_000, "line 2: maximum recursion depth"),
+        ("[" * 100_000, "maximum recursion depth"),
+        (GOOD + '{"n": ' + "9" * 5000 + "}", "line 2: Exceeds the limit"),
+        (
+            GOOD + r'{"instruction": "a \ud83d", "output": "b"}',
+            r"line 2: character 3 is '\\ud83d', half of a surrogate",
+        ),
+        ("", "holds no record"),
     ],
+    ids=range(13),
 )
 def test_a_malformed_record_is_named_by_file_and_place(text, message, tmp_path, tokenizer):
     path = tmp_path / "bad.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"bad\.json, {message}"):
+    with pytest.raises(ValueError, match=rf"bad\.json[,:]? {message}"):
         InstructionDataset(path, tokenizer, resolve_renderer(None, tokenizer, "mistral"), length=64)
 
 

@@ -86,7 +86,11 @@ def test_the_command_reports_what_it_wrote(tmp_path, tokenizer_directory):
         (b'{"text": 3}\n', "line 1: 'text' is neither text nor a list of texts"),
         (b'["text"]\n', "line 1: list instead of an object"),
         (b'{"text": "caf\xe9"}\n', "line 1, column 14: the byte 0xe9 is not UTF-8"),
+        (b'{"text": "a"}\n' + b'{"text":' * 100_000, "line 2: maximum recursion depth"),
+        (rb'{"text": "a \ud83d"}', r"line 1: 'text': character 3 is '\ud83d', half of a surrogate pair"),
+        (b'{"text": "a \xed\xa0\xbd"}', r"line 1: 'text': character 3 is '\ud83d', half of a surrogate pair"),
     ],
+    ids=range(8),
 )
 def test_a_malformed_line_ends_the_command_and_leaves_nothing(
     content, message, tmp_path, tokenizer_directory, capsys, monkeypatch
@@ -97,6 +101,18 @@ def test_a_malformed_line_ends_the_command_and_leaves_nothing(
     options = ["--output-prefix", f"{tmp_path}/out", "--tokenizer-model", str(tokenizer_directory), "--workers", "1"]
     assert main(["--input", str(source), *options]) == 1
     assert f"error: {source}, {message}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_interrupted_command_says_so_and_leaves_nothing(tmp_path, tokenizer_directory, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_tokenise", interrupted)
+    source = write_lines(tmp_path / "in.jsonl", [{"text": "a"}])
+    options = ["--output-prefix", f"{tmp_path}/out", "--tokenizer-model", str(tokenizer_directory)]
+    assert main(["--input", source, *options]) == 130
+    assert "error: interrupted; nothing was written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

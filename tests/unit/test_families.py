@@ -219,6 +219,10 @@ def test_groups_limit_the_experts_only_under_the_method_that_says_so():
         ("mistral", {"hidden_size": "4096"}),
         ("mistral", {"hidden_size": 4096.5}),
         ("mistral", {"num_hidden_layers": True}),
+        ("mistral", {"num_hidden_layers": 32.0}),
+        ("mistral", {"num_attention_heads": 0, "head_dim": None}),
+        ("mistral", {"sliding_window": 0}),
+        ("mistral", {"rms_norm_eps": True}),
         ("mistral", {"rms_norm_eps": [1e-5]}),
         ("mistral", {"tie_word_embeddings": 1}),
         ("mixtral", {"router_jitter_noise": 0.1}),
@@ -285,7 +289,14 @@ def test_a_published_checkpoint_is_its_size_without_a_warning(directory):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "holds list"), ('{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'")],
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "holds list"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'"),
+        ('{"architectures": 5}', r"architectures\[0\] is None"),
+    ],
+    ids=["cut", "deep", "list", "family", "number"],
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)

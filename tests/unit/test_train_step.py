@@ -1,0 +1,85 @@
+"""One step and one validation pass in one process; other layouts are held to it in `tests/distributed`."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_checkpoint import CONFIG, ENTRIES
+
+from megatron_patch.config.optimizer import OptimizerConfig
+from megatron_patch.config.parallel import ParallelConfig
+from megatron_patch.data.batches import Batch
+from megatron_patch.model.build import build_model
+from megatron_patch.parallel.mesh import single_process
+from megatron_patch.train.optimizer import build_optimizer
+from megatron_patch.train.step import StepResult, check_finite, evaluate, train_step
+from megatron_patch.train.weights import RandomWeights, load_weights
+
+MESH = single_process()
+OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10)
+RUN = SimpleNamespace(optimizer=OPTIMIZER, parallel=ParallelConfig())
+
+
+def tiny_model():
+    model = build_model(CONFIG, ParallelConfig(), "fp32", MESH)
+    load_weights(model, ENTRIES, RandomWeights(CONFIG, ENTRIES, seed=3), MESH.tp)
+    return model
+
+
+def batches(*shares):
+    """A micro-batch per share of unmasked tokens."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, CONFIG.vocab_size, (len(shares), 2, 9), generator=generator)
+    masks = [(torch.rand(2, 8, generator=generator) < share).float() for share in shares]
+    return [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), mask) for t, mask in zip(tokens, masks, strict=True)]
+
+
+def expected_loss(model, micro_batches):
+    """The mean over all unmasked tokens, straight from the logits."""
+    losses, masks = [], []
+    for batch in micro_batches:
+        logits = model(batch.tokens).detach()
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none"))
+        masks.append(batch.loss_mask.flatten())
+    return (torch.cat(losses) * torch.cat(masks)).sum() / torch.cat(masks).sum()
+
+
+def test_a_step_reports_the_loss_before_it_and_lowers_it():
+    model, data = tiny_model(), batches(0.9, 0.2)
+    optimizer = build_optimizer(OPTIMIZER, model)
+    before = expected_loss(model, data)
+    result = train_step(RUN, model, optimizer, ENTRIES, data, MESH)
+    assert result.loss == pytest.approx(before.item(), rel=1e-6) and result.gradient_norm > 0
+    assert expected_loss(model, data) < before
+
+
+def test_validation_weighs_every_token_the_same():
+    model, data = tiny_model(), batches(0.9, 0.2, 0.5)
+    assert evaluate(model, [data[:1], data[1:]], MESH) == pytest.approx(expected_loss(model, data).item(), rel=1e-6)
+
+
+def test_validation_without_a_token_is_told():
+    with pytest.raises(ValueError, match="no token to predict"):
+        evaluate(tiny_model(), [batches(0.0)], MESH)
+
+
+def test_a_step_with_nothing_to_learn_has_loss_and_gradient_zero():
+    model = tiny_model()
+    result = train_step(RUN, model, build_optimizer(OPTIMIZER, model), ENTRIES, batches(0.0), MESH)
+    assert (result.loss, result.gradient_norm) == (0.0, 0.0)
+
+
+def test_spoiled_weights_end_the_run():
+    model = tiny_model()
+    torch.nn.init.constant_(model.decoder.final_layernorm.weight, math.nan)
+    result = train_step(RUN, model, build_optimizer(OPTIMIZER, model), ENTRIES, batches(0.9), MESH)
+    with pytest.raises(ValueError, match=r"iteration 7: the loss is nan .* nothing more is saved"):
+        check_finite(7, result)
+
+
+@pytest.mark.parametrize("result", [StepResult(math.inf, 1.0), StepResult(1.0, math.nan), StepResult(1.0, math.inf)])
+def test_either_number_tells(result):
+    with pytest.raises(ValueError, match="iteration 1: "):
+        check_finite(1, result)
+    check_finite(1, StepResult(1.0, 0.0))
