@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from commands import CONVERSION, HF_CHECKPOINT, ROOT, StartedError, clean_environment
 from tiny import write_model
 
@@ -214,7 +215,6 @@ def test_an_extra_vocabulary_is_checked_and_never_added(capsys, monkeypatch, tmp
 
 
 def test_a_tokenizer_is_counted_without_its_library(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("a short text of a few words, to train a few pieces on\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=24, minloglevel=9
