@@ -18,7 +18,7 @@ from megatron_patch.parallel.mesh import build_mesh
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, sum_sequence_parallel_gradients
 from megatron_patch.train.parameters import entry_tensors
 from megatron_patch.train.save import tensor_parallel_weights
-from megatron_patch.train.step import backward
+from megatron_patch.train.step import backward, evaluate
 from megatron_patch.train.weights import RandomWeights, load_weights
 
 # vocab_size is odd: a tensor-parallel rank holds a padding row. Sequences are longer than the window.
@@ -124,3 +124,17 @@ def bf16_shards(config: ModelConfig, world: int) -> tuple[list[torch.dtype], int
     model(micro_batches(mesh.dp.rank, mesh.dp.size)[0].tokens)
     whole = [(len(p), p.nbytes) for p in model.parameters()]  # since reshard_after_forward is off
     return seen, held, sum(size // rows * -(-rows // world) * world for rows, size in whole)
+
+
+def validation(parallel: ParallelConfig, mesh) -> float:
+    """The validation loss of the global batch, which its ranks share unequally in unmasked tokens."""
+    entries = manifest(family(MODEL), MODEL)
+    model = build_model(MODEL, parallel, "fp32", mesh)
+    load_weights(model, entries, RandomWeights(MODEL, entries, seed=3), mesh.tp)
+    return evaluate(model, [micro_batches(mesh.dp.rank, mesh.dp.size)], mesh)
+
+
+def validation_on_ranks(parallel: ParallelConfig, world: int) -> float:
+    """What `run_ranks` runs."""
+    grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
+    return validation(parallel, build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer))

@@ -5,7 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layout_step import EXPERTS, MODEL, TIED, bf16_shards, family, global_batch, on_ranks, step
+from layout_step import (
+    EXPERTS,
+    MODEL,
+    TIED,
+    bf16_shards,
+    family,
+    global_batch,
+    on_ranks,
+    step,
+    validation,
+    validation_on_ranks,
+)
 from megatron_patch.checkpoint.layouts import cut, join
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
@@ -54,6 +65,13 @@ def test_a_layout_has_the_loss_and_gradients_of_one_process(name):
     for parameter, gradient in joined(MODEL, tp, world, results, what=2).items():
         error = (gradient - gradients[parameter]).abs().max() / gradients[parameter].abs().max()
         assert error < 1e-5, f"{parameter}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["dp2-sharded", "tp2-sp-dp2-sharded", "tp2-dp2-replicated"])
+def test_every_rank_has_the_validation_loss_of_one_process(name):
+    tp, sp, do, world = LAYOUTS[name]
+    alone = validation(ParallelConfig(), single_process())
+    assert run_ranks(validation_on_ranks, world, layout(tp, sp, do), world) == pytest.approx([alone] * world, rel=1e-6)
 
 
 def test_tied_embeddings_collect_both_gradients():
