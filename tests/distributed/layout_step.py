@@ -1,6 +1,7 @@
 """A tiny model, a global batch, and one optimizer step on any layout: what the layout tests run on their ranks."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_patch.parallel.mesh import build_mesh
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, sum_sequence_parallel_gradients
 from megatron_patch.train.parameters import entry_tensors
 from megatron_patch.train.save import tensor_parallel_weights
-from megatron_patch.train.step import backward, evaluate
+from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
 
 # vocab_size is odd: a tensor-parallel rank holds a padding row. Sequences are longer than the window.
@@ -75,26 +76,26 @@ def family(config: ModelConfig) -> Family:
 
 
 def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, steps: int = 0, dtype=torch.float32):
-    """Loss, gradient norm and this rank's gradients of one accumulation; parameters after `steps` optimizer steps."""
+    """After `steps` optimizer steps: loss, gradient norm and this rank's gradients of one accumulation; parameters."""
     torch.set_default_dtype(dtype)
     entries = manifest(family(config), config)
     model = build_model(config, parallel, precision, mesh)
     load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
-    optimizer = build_optimizer(OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10), model)
-    for number in range(max(steps, 1)):
-        optimizer.zero_grad()
-        loss = backward(model, micro_batches(mesh.dp.rank, mesh.dp.size), mesh)
-        if model.sequence_parallel:
-            sum_sequence_parallel_gradients(model, entries, mesh.tp)
-        gradients = {
-            entry: gradient
-            for name, parameter in model.named_parameters()
-            for entry, gradient in entry_tensors(name, _whole(parameter.grad))
-        }
-        sharded = parallel.use_distributed_optimizer
-        norm = clip_gradients(model, entries, mesh, limit=0.5, sharded=sharded)
-        if steps > number:
-            optimizer.step()
+    settings = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10, clip_grad=0.5)
+    run, optimizer = SimpleNamespace(optimizer=settings, parallel=parallel), build_optimizer(settings, model)
+    batches = micro_batches(mesh.dp.rank, mesh.dp.size)
+    for _ in range(steps):
+        train_step(run, model, optimizer, entries, batches, mesh)
+    optimizer.zero_grad()
+    loss = backward(model, batches, mesh)
+    if model.sequence_parallel:
+        sum_sequence_parallel_gradients(model, entries, mesh.tp)
+    gradients = {
+        entry: gradient
+        for name, parameter in model.named_parameters()
+        for entry, gradient in entry_tensors(name, _whole(parameter.grad))
+    }
+    norm = clip_gradients(model, entries, mesh, limit=settings.clip_grad, sharded=parallel.use_distributed_optimizer)
     return loss.item(), norm.item(), gradients, tensor_parallel_weights(model, dtype, keep=True)
 
 
@@ -138,3 +139,15 @@ def validation_on_ranks(parallel: ParallelConfig, world: int) -> float:
     """What `run_ranks` runs."""
     grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
     return validation(parallel, build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer))
+
+
+def rotary_dtypes_on_ranks(precision: str) -> set[torch.dtype]:
+    """The types in which attention receives its rotary tables."""
+    mesh = build_mesh(Grid(tp=1, cp=1, ep=1, pp=1, world=1), torch.device("cpu"), sharded=True)
+    entries, found = manifest(family(MODEL), MODEL), set()
+    model = build_model(MODEL, ParallelConfig(), precision, mesh)
+    load_weights(model, entries, RandomWeights(MODEL, entries, seed=3), mesh.tp)
+    for layer in model.decoder.layers:
+        layer.self_attention.register_forward_pre_hook(lambda _, given: found.update(t.dtype for t in given[1]))
+    model(global_batch().tokens)
+    return found

@@ -13,6 +13,7 @@ from layout_step import (
     family,
     global_batch,
     on_ranks,
+    rotary_dtypes_on_ranks,
     step,
     validation,
     validation_on_ranks,
@@ -121,8 +122,13 @@ def test_bf16_computes_in_bf16_and_keeps_float32_masters():
         on_ranks, 2, MODEL, layout(1, False, True), 2, "bf16", 3, torch.float32
     )
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert any((g != g.bfloat16().float()).any() for g in gradients.values()), "gradients were reduced in bf16"
     assert any((weight != weight.bfloat16().float()).any() for weight in weights.values()), "masters were rounded"
     assert rounded != exact
+
+
+def test_rotary_tables_stay_float32_whatever_the_layers_compute_in():
+    assert run_ranks(rotary_dtypes_on_ranks, 1, "bf16") == [{torch.float32}]
 
 
 def test_masked_tokens_and_micro_batching_do_not_change_the_mean():

@@ -9,6 +9,7 @@ import torch
 from tiny_checkpoint import CONFIG, ENTRIES
 
 from megatron_patch.checkpoint import mcore
+from megatron_patch.checkpoint.atomic import move_directory
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.checkpoint.megatron_args import megatron_args
@@ -76,6 +77,27 @@ def test_nothing_is_visible_before_publishing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mp_rank_01.* was not written"):
         mcore.publish(tmp_path, 20, 2)
     assert (tmp_path / mcore.TRACKER).read_text() == "10" and not (tmp_path / "iter_0000020").exists()
+
+
+def test_an_iteration_that_cannot_be_put_in_place_is_not_named_and_the_one_before_stays(tmp_path, monkeypatch):
+    tensors = whole_tensors()
+    save(tmp_path, tensors, iteration=10)
+
+    def refuse(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(mcore, "move_directory", refuse)
+    with pytest.raises(OSError, match="no"):
+        save(tmp_path, tensors, iteration=20)
+    assert open_it(tmp_path).directory == tmp_path / "iter_0000010"
+
+
+def test_what_cannot_be_replaced_stays(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "weights").write_text("years")
+    with pytest.raises(FileNotFoundError):
+        move_directory(tmp_path / "absent", tmp_path / "old")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["old", "old/weights"]
 
 
 def test_publishing_again_replaces_and_leaves_no_rank_of_another_layout(tmp_path):

@@ -54,6 +54,18 @@ def test_a_step_reports_the_loss_before_it_and_lowers_it():
     assert expected_loss(model, data) < before
 
 
+def test_matrices_decay_and_norms_do_not():
+    model = tiny_model()
+    optimizer = build_optimizer(OptimizerConfig(lr=0.1, min_lr=0.0, lr_decay_iters=10, weight_decay=0.5), model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        kept = 0.95 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0.0)
+
+
 def test_validation_weighs_every_token_the_same():
     model, data = tiny_model(), batches(0.9, 0.2, 0.5)
     assert evaluate(model, [data[:1], data[1:]], MESH) == pytest.approx(expected_loss(model, data).item(), rel=1e-6)
