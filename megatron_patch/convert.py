@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job = _job(parser.parse_args(argv))
         check_paths(job)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     start = time.perf_counter()
     try:

@@ -176,12 +176,12 @@ def _weight_map(directory: Path, single: str, index: str) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = dict(weight_map.items())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an index of tensors: {error!r}") from None
     if not pairs:
         raise ValueError(f"{path} names no tensor")
     for file_name in pairs.values():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
             raise ValueError(f"{path} names {file_name!r}; shards must be plain file names in the same directory")
     return pairs
 

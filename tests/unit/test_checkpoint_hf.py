@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named(tmp_path):
         open_it(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", 7])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "", 7])
 def test_an_index_cannot_point_outside_its_directory(tmp_path, name):
     save_file(hf_tensors(), tmp_path / "outside.safetensors")
     (tmp_path / "hf").mkdir()
@@ -91,7 +91,11 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path, name):
         open_it(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}', "[" * 100_000, "9" * 5000],
+    ids=["open", "list", "number", "other", "nested", "digits"],
+)
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(ValueError, match=r"index.json is not an index of tensors"):

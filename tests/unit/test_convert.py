@@ -217,7 +217,12 @@ runpy.run_module("megatron_patch.convert", run_name="__main__", alter_sys=True)
 def half_way(source, tmp_path):
     """A conversion to `out`, a while before its end."""
     command = [sys.executable, "-c", SLOW, source, tmp_path / "out", "--format", "mcore"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(  # what a shell starts in the background ignores SIGINT, and so would its children
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*.partial/release/*/*")):
         assert process.poll() is None and time.monotonic() < deadline, "it ended or never began"
@@ -296,6 +301,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         ("full", [], "is not empty; choose another directory or pass --overwrite"),
         ("full", ["--overwrite"], "holds no checkpoint; --overwrite replaces checkpoints only"),
         ("file", [], "is a file; name a directory"),
+        ("x" * 300, [], "File name too long"),
     ],
 )
 def test_a_command_that_cannot_work_exits_2_and_touches_nothing(source, tmp_path, capsys, target, options, message):
