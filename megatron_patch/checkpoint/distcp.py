@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
-from megatron_patch.checkpoint.unpickle import RestrictedUnpickler
+from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler
 
 INDEX, DATA = ".metadata", "__0_0.distcp"
 _STORAGES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
@@ -78,14 +78,8 @@ class BlankBox:
     dtype: torch.dtype
 
 
-class Record:
+class Record(Inert):
     """An instance of an index's class: it keeps what the pickle gives it and does nothing with it."""
-
-    def __new__(cls, *_: Any) -> "Record":
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
 
     def __setstate__(self, state: Any) -> None:
         vars(self).update(state if isinstance(state, dict) else {"state": state})

@@ -83,7 +83,13 @@ def _fresh_names() -> dict[str, Any]:
     def parameter(data: Any, *_: Any) -> Any:
         return data
 
+    def member(owner: Any, *_: Any) -> Any:  # how Python 3.11.0 to 3.11.3 pickles a member of an enum
+        if not (isinstance(owner, type) and issubclass(owner, Inert)):
+            raise pickle.UnpicklingError(_could_run("builtins.getattr"))
+        return owner()
+
     return {
+        "builtins.getattr": member,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
@@ -106,5 +112,9 @@ def _dtype(module: str, name: str) -> torch.dtype | None:
 def _stand_in(module: str, name: str) -> type[Inert]:
     root = module.partition(".")[0]
     if root in sys.stdlib_module_names and root not in _INERT_MODULES and f"{module}.{name}" not in _INERT_NAMES:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code (nothing was run)")
+        raise pickle.UnpicklingError(_could_run(f"{module}.{name}"))
     return type(name, (Inert,), {"__module__": module})
+
+
+def _could_run(name: str) -> str:
+    return f"it names {name}, which could run code (nothing was run)"

@@ -58,6 +58,13 @@ def test_a_pickle_that_names_code_is_refused_and_nothing_runs(tmp_path, module, 
     assert not marker.exists()
 
 
+def test_an_enum_member_is_inert_in_the_spelling_of_every_python(tmp_path):
+    """Python 3.11.0 to 3.11.3, Debian 12's among them, pickles one as getattr(class, name)."""
+    member = b"\x80\x02cbuiltins\ngetattr\n(cmegatron.core.enums\nModelType\nVencoder\ntR."
+    result = read_pt(write_pickle(tmp_path / "enum.pt", member))
+    assert isinstance(result, Inert) and type(result).__name__ == "ModelType"
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
