@@ -18,6 +18,7 @@ from megatron_patch.checkpoint.formats import FORMATS, detect_format
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.memory import peak_memory
 from megatron_patch.checkpoint.upcycle import upcycle
+from megatron_patch.config.checks import check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
@@ -118,6 +119,7 @@ def convert(job: Job) -> Summary:
     family, config = resolved.family, resolved.config
     if job.upcycling:
         family, config = resolve_upcycled(config, job.upcycling)
+    check_model(config)
     entries = manifest(family, config)
     target = Target(**{name: value for name, value in job.layout.items() if name in wanted.options})
     wanted.check(entries, config, target)

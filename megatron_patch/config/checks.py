@@ -21,9 +21,15 @@ def check(run: RunConfig, world: int) -> None:
 def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
-    return out_of_range or _broken(
-        [*_division(run, world), *_attention(run.model), *_experts(run), *_optimization(run), *_inputs(run)]
-    )
+    model = [*_attention(run.model), *_routing(run.model)]
+    return out_of_range or _broken([*_division(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)])
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ValueError with every rule that the architecture breaks on its own, one sentence per line."""
+    broken = _broken([*_attention(model), *_routing(model)])
+    if broken:
+        raise ValueError("\n".join(broken))
 
 
 def sample_length(run: RunConfig) -> int:
@@ -94,11 +100,6 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    yield (
-        model.num_attention_heads % model.num_query_groups == 0,
-        f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups "
-        f"{model.num_query_groups}",
-    )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
         yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
@@ -126,6 +127,11 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
 
 
 def _attention(model: ModelConfig) -> Iterator[Rule]:
+    yield (
+        model.num_attention_heads % model.num_query_groups == 0,
+        f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups "
+        f"{model.num_query_groups}",
+    )
     turned = "qk_pos_emb_head_dim" if model.is_mla else "kv_channels"
     width = getattr(model, turned)
     yield width % 2 == 0, f"{turned} {width} must be even: rotary positions pair channels"
@@ -151,6 +157,21 @@ def _experts(run: RunConfig) -> Iterator[Rule]:
         f"tensor_model_parallel_size {tp}: {' and '.join(whole)} cannot be cut over tensor-parallel ranks yet; use 1, "
         "and more data-parallel ranks",
     )
+    yield (
+        model.moe_shared_expert_intermediate_size > 0 or not (model.num_moe_experts and model.moe_shared_expert_gate),
+        "moe_shared_expert_gate needs moe_shared_expert_intermediate_size of at least 1",
+    )
+    step = GROUPED_MM_BYTES // ELEMENT_BYTES[run.precision]
+    for name in ("hidden_size", "moe_ffn_hidden_size") if model.num_moe_experts else ():
+        size = getattr(model, name)
+        yield (
+            size % step == 0,
+            f"{name} {size} is not a multiple of {step}: experts are multiplied in rows of whole {GROUPED_MM_BYTES} "
+            f"bytes, which precision {run.precision} fills with {step}",
+        )
+
+
+def _routing(model: ModelConfig) -> Iterator[Rule]:
     if not model.num_moe_experts:
         return
     experts, groups, chosen = model.num_moe_experts, model.moe_router_num_groups, model.moe_router_group_topk
@@ -168,18 +189,6 @@ def _experts(run: RunConfig) -> Iterator[Rule]:
         f"moe_router_topk {model.moe_router_topk} is more than the {experts // groups * chosen} experts that a token "
         "may choose from",
     )
-    yield (
-        model.moe_shared_expert_intermediate_size > 0 or not model.moe_shared_expert_gate,
-        "moe_shared_expert_gate needs moe_shared_expert_intermediate_size of at least 1",
-    )
-    step = GROUPED_MM_BYTES // ELEMENT_BYTES[run.precision]
-    for name in ("hidden_size", "moe_ffn_hidden_size"):
-        size = getattr(model, name)
-        yield (
-            size % step == 0,
-            f"{name} {size} is not a multiple of {step}: experts are multiplied in rows of whole {GROUPED_MM_BYTES} "
-            f"bytes, which precision {run.precision} fills with {step}",
-        )
 
 
 def _optimization(run: RunConfig) -> Iterator[Rule]:

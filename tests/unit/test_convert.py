@@ -13,13 +13,14 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import CONFIG_JSON, hf_tensors, write_directory
 
 from megatron_patch import convert
 from megatron_patch.checkpoint import hf, stream
 from megatron_patch.checkpoint.atomic import replaced_directory
 from megatron_patch.checkpoint.layouts import part_shapes
+from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.families.mistral import MISTRAL
 
@@ -395,3 +396,22 @@ def test_the_module_is_the_command(source, tmp_path):
     command = [sys.executable, "-m", "megatron_patch.convert", source, tmp_path / "out", "--format", "mcore"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert result.stderr == "" and (tmp_path / "out" / "release" / "mp_rank_00").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "told"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "moe_router_topk 9 is more than the"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}, "groups must be equal"),
+    ],
+)
+def test_routing_that_no_token_could_follow_is_told_before_anything_is_written(tmp_path, capsys, family, change, told):
+    source = tmp_path / "hf"
+    source.mkdir()
+    size = next(iter(ALL[family].sizes.values()))
+    config = {"architectures": [ALL[family].architecture], **size, **change}
+    (source / "config.json").write_text(json.dumps(config))
+    save_file({}, source / "model.safetensors")
+    assert run(source, tmp_path / "out", "--format", "mcore") == 1
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
