@@ -24,7 +24,8 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     try:
         _acquire(lock)  # as long as this process lives
         yield partial
-        _synchronise(partial)
+        for path in (*partial.rglob("*"), partial):
+            _synchronise(path)
         move_directory(partial, target)
     finally:
         os.close(lock)
@@ -81,9 +82,9 @@ def _acquire(directory: int) -> bool:
     return True
 
 
-def _synchronise(directory: Path) -> None:
-    """Names reach the disk too."""
-    opened = os.open(directory, os.O_RDONLY)
+def _synchronise(path: Path) -> None:
+    """A file's bytes, or a directory's names, reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:

@@ -4,30 +4,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_patch.checkpoint.hf import check_hf_target, holds_hf, open_hf, write_hf
-from megatron_patch.checkpoint.interface import Format
+from megatron_patch.checkpoint.hf import holds_hf, open_hf, write_hf
+from megatron_patch.checkpoint.interface import Format, Source, Target, Written
 from megatron_patch.checkpoint.legacy import LEGACY_FORMATS
-from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, write_mcore
+from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, latest_directory, write_mcore
 from megatron_patch.checkpoint.mcore_source import open_mcore
-from megatron_patch.checkpoint.torch_dist import (
-    check_torch_dist,
-    holds_torch_dist,
-    open_torch_dist,
-    write_torch_dist,
-)
+from megatron_patch.config.model import ModelConfig
+from megatron_patch.families.manifest import Entry
 
 _MCORE_LAYOUT = ("tp", "pp", "ep", "etp", "vp", "first_stage_layers", "transformer_impl", "experts")
 
+
+def _holds_torch_dist(directory: Path) -> bool:
+    try:
+        return (latest_directory(directory) / ".metadata").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+# Imported when used: torch.distributed.checkpoint takes half as long to load as torch itself.
+def _open_torch_dist(directory: Path, entries: list[Entry], config: ModelConfig) -> Source:
+    from megatron_patch.checkpoint.torch_dist import open_torch_dist
+
+    return open_torch_dist(directory, entries, config)
+
+
+def _write_torch_dist(
+    directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target
+) -> Written:
+    from megatron_patch.checkpoint.torch_dist import write_torch_dist
+
+    return write_torch_dist(directory, entries, config, source, target)
+
+
+def _refuse_nothing(entries: list[Entry], config: ModelConfig, target: Target) -> None:
+    """Tensors are written whole."""
+
+
 # Detection takes the first that holds the directory, so a format stands before those whose files resemble its own.
 _IN_ORDER = (
-    Format("hf", "model.safetensors, pytorch_model.bin (or their index)", holds_hf, open_hf, check_hf_target, write_hf),
+    Format("hf", "model.safetensors, pytorch_model.bin (or their index)", holds_hf, open_hf, _refuse_nothing, write_hf),
     Format(
         "torch_dist",
         TRACKER,
-        holds_torch_dist,
-        open_torch_dist,
-        check_torch_dist,
-        write_torch_dist,
+        _holds_torch_dist,
+        _open_torch_dist,
+        _refuse_nothing,
+        _write_torch_dist,
         frozenset({"transformer_impl"}),
     ),
     *LEGACY_FORMATS,

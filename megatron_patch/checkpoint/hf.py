@@ -98,10 +98,6 @@ def holds_hf(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (SINGLE, INDEX, BIN, BIN_INDEX))
 
 
-def check_hf_target(entries: list[Entry], config: ModelConfig, target: Target) -> None:
-    """Nothing to refuse: tensors are written whole."""
-
-
 def write_hf(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
     """Write every Hugging Face tensor; the layout of `target` has no meaning here.
 

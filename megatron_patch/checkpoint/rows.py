@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_patch.families.manifest import Entry
 
+MOST_NUMBERS = 1 << 20  # in one tensor of row numbers: 8 MiB
+
 Rearrange = Callable[[Entry, list[Tensor]], Tensor]
 
 
@@ -55,12 +57,17 @@ class Band:
 
 
 def trace(entry: Entry, parts: list[Tensor], shape: tuple[int, ...], rearrange: Rearrange) -> list[Band] | None:
-    """The bands of `rearrange(entry, parts)`, whose shape is `shape`; None where it does not move whole blocks."""
+    """The bands of `rearrange(entry, parts)`, whose shape is `shape`.
+
+    None where it does not move whole blocks, or so small ones that telling them apart takes too much memory.
+    """
     if len(entry.shape) > 2 or len(shape) > 2 or any(part.dim() != len(entry.shape) for part in parts):
         return None
     widths = [_matrix_shape(size)[1] for size in (entry.shape, shape, *(tuple(part.shape) for part in parts))]
     width = math.gcd(*widths)
     stride = max(widths) // width
+    if stride * max(entry.shape[0], *(len(part) for part in parts)) > MOST_NUMBERS:
+        return None
     numbers, bases = _number_rows(parts, width, stride)
     small = replace(entry, shape=(entry.shape[0], *(size // width for size in entry.shape[1:])))
     result = rearrange(small, numbers)

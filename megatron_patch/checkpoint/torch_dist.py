@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.distcp import (
     DATA,
-    INDEX,
     BlankBox,
     Box,
     Part,
@@ -121,14 +120,6 @@ class TorchDistSource:
         return f"torch_dist {self.directory.name}, {self.transformer_impl} names, {dtype}"
 
 
-def holds_torch_dist(directory: Path) -> bool:
-    """Whether the iteration that the tracker of `directory` names is one of Megatron-Core's dist_checkpointing."""
-    try:
-        return (latest_directory(directory) / INDEX).is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> TorchDistSource:
     """Open the iteration that the tracker names. An optimizer's state and objects that are no tensors are not read.
 
@@ -153,10 +144,6 @@ def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> To
         for name, found in wanted.items()
     }
     return TorchDistSource(directory, stored, naming.transformer_impl)
-
-
-def check_torch_dist(entries: list[Entry], config: ModelConfig, target: Target) -> None:
-    """Nothing to refuse: tensors are written whole, and Megatron cuts them when it loads."""
 
 
 def write_torch_dist(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoint import CONFIG, ENTRIES
 
-from megatron_patch.checkpoint import stream
+from megatron_patch.checkpoint import rows, stream
 from megatron_patch.checkpoint.cast import Cast
 from megatron_patch.checkpoint.layouts import cut, join, merge, part_shapes, shard_shape, split
 from megatron_patch.checkpoint.rows import trace
@@ -143,6 +143,13 @@ def test_a_square_transposed_tensor_is_not_taken_for_moved_rows(tmp_path):
     whole = random((4, 4))
     piece = Piece(entry, (4, 4), lambda entry, whole: whole.t())
     assert torch.equal(as_one([piece], Whole({"w": whole}), tmp_path / "a.pt")[0], whole.t())
+
+
+def test_columns_that_share_no_width_are_made_in_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_NUMBERS", 100)
+    entry = Entry("proj", ("o",), "copy", "row", (20, 24), 0)
+    pieces = [Piece(entry, (20, 8), functools.partial(_cut, rank=rank, size=3)) for rank in range(3)]
+    assert torch.equal(torch.cat(as_one(pieces, from_ranks(entry, 4), tmp_path / "a.pt"), 1), random((20, 24)))
 
 
 def test_a_stack_holds_its_pieces_one_after_the_other(tmp_path):
