@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PATTERNS = (
-    "config.json",
-    "generation_config.json",
+MODEL = ("config.json", "generation_config.json", "*.py")
+TOKENIZER = (
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -25,9 +24,9 @@ _PATTERNS = (
 )
 
 
-def copy_assets(source: Path, target: Path) -> list[str]:
+def copy_assets(source: Path, target: Path, patterns: tuple[str, ...] = (*MODEL, *TOKENIZER)) -> list[str]:
     """Copy configuration and tokenizer files of `source` into `target`; returns their names. Weights never match."""
-    found = sorted({path for pattern in _PATTERNS for path in source.glob(pattern) if path.is_file()})
+    found = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
     for path in found:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

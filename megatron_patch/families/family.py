@@ -4,6 +4,7 @@ Everything here is data. `checkpoint` gives it meaning for tensors and `model` f
 neither adds a per-family branch.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -136,6 +137,20 @@ class Family:
                 _place(hf, key.hf[0], key.written(field, config))
         return hf
 
+    def restated(self, hf: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """`hf`, made to say `config`: untouched where it already does, in the spellings that it uses where not."""
+        result = json.loads(json.dumps(hf))
+        read = vars(self.config(hf))
+        if all(read[field] == value for field, value in vars(config).items() if field in self.keys):
+            return result
+        ours = self.hf_config(config, dtype="")
+        for key in self.keys.values():
+            if key.hf and key.is_used(vars(config)):
+                held = [name for name in key.hf if _descend(hf, name) is not None]
+                for name in held or key.hf[:1]:
+                    _replace(result, name, _descend(ours, key.hf[0]))
+        return result
+
     def _check_given(self, lacking: list[Key]) -> None:
         if lacking:
             names = ", ".join(key.hf[0] for key in lacking)
@@ -168,6 +183,13 @@ def _place(hf: dict[str, Any], name: str, value: Any) -> None:
         hf = hf.setdefault(part, {})
     if hf.get(last, value) != value:
         raise ValueError(f"config.json has one {name} for settings that differ here: {hf[last]!r} and {value!r}")
+    hf[last] = value
+
+
+def _replace(hf: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        hf = hf.setdefault(part, {})
     hf[last] = value
 
 

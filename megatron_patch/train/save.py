@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_patch.checkpoint.assets import copy_assets, write_dtype
+from megatron_patch.checkpoint.assets import MODEL, TOKENIZER, copy_assets, write_dtype
 from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.mcore import publish, write_rank
 from megatron_patch.checkpoint.megatron_args import megatron_args
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
+from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import DTYPES
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.parameters import entry_tensors
@@ -36,13 +37,19 @@ def save_checkpoint(run: RunConfig, model: nn.Module, iteration: int, mesh: Mesh
 
 
 def write_companions(run: RunConfig, root: Path) -> None:
-    """The files beside the weights: configuration, tokenizer, and `run.json`, the resolved run."""
-    if run.checkpoint.load is None:
-        hf = ALL[run.family].hf_config(run.model, dtype="float32")
-        write_text(root / "config.json", json.dumps(hf, indent=2) + "\n")
-    for directory in (run.data.tokenizer_model, run.checkpoint.load):
-        if directory is not None:
-            copy_assets(Path(directory), root)
+    """The files beside the weights: configuration, tokenizer, and `run.json`, the resolved run.
+
+    They say what this run trained, with which tokenizer: the start weights' files serve where no option differs.
+    """
+    family, load, tokenizer = ALL[run.family], run.checkpoint.load, run.data.tokenizer_model
+    if load is None:
+        hf = family.hf_config(run.model, dtype="float32")
+    else:
+        copy_assets(Path(load), root, MODEL if tokenizer else (*MODEL, *TOKENIZER))
+        hf = family.restated(read_config(load), run.model)
+    if tokenizer:
+        copy_assets(Path(tokenizer), root, TOKENIZER)
+    write_text(root / "config.json", json.dumps(hf, indent=2) + "\n")
     write_dtype(root, str(DTYPES[run.precision]).removeprefix("torch."))
     write_text(root / "run.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
 

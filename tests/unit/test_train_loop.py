@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoint import hf_tensors, write_directory
 
 from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.config.checkpoint import CheckpointConfig
@@ -21,6 +22,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.loop import train
+from megatron_patch.train.save import write_companions
 from megatron_patch.train.weights import RandomWeights
 
 MODEL = ModelConfig(
@@ -119,3 +121,55 @@ def test_a_run_whose_weights_are_spoiled_ends_and_keeps_what_was_saved(run):
     with pytest.raises(ValueError, match=r"iteration \d: the loss is .* nothing more is saved"):
         train(dataclasses.replace(run, optimizer=wild), single_process())
     assert [line["iteration"] for line in lines(run)[1:]] == iterations_saved(run) == [1]
+
+
+def start(tmp_path, **changed):
+    """A checkpoint of the run's own architecture, with a tokenizer file that is not the run's."""
+    directory = write_directory(tmp_path / "start", hf_tensors(config=MODEL))
+    hf = MISTRAL.hf_config(MODEL, "float32") | {"sliding_window": 24, "mark": 1} | changed
+    (directory / "config.json").write_text(json.dumps(hf))
+    (directory / "tokenizer.model").write_text("another")
+    (directory / "merges.txt").write_text("another")
+    return str(directory)
+
+
+def companions(run, **model):
+    """The config.json and the names of other files that a run with these settings leaves, without training."""
+    root = Path(run.checkpoint.save)
+    root.mkdir()
+    write_companions(dataclasses.replace(run, model=dataclasses.replace(run.model, **model)), root)
+    return json.loads((root / "config.json").read_text()), {path.name for path in root.iterdir()}
+
+
+def test_a_checkpoint_carries_the_tokenizer_that_the_run_used(run, tmp_path, tokenizer_directory):
+    loading = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, load=start(tmp_path)))
+    hf, names = companions(loading, window_size=24)
+    assert hf["mark"] == 1 and "merges.txt" not in names
+    saved_tokenizer = Path(run.checkpoint.save) / "tokenizer.model"
+    assert saved_tokenizer.read_bytes() == (tokenizer_directory / "tokenizer.model").read_bytes()
+
+
+def test_without_a_tokenizer_of_its_own_it_carries_the_start_weights(run, tmp_path):
+    loading = dataclasses.replace(
+        run,
+        checkpoint=dataclasses.replace(run.checkpoint, load=start(tmp_path)),
+        data=dataclasses.replace(run.data, tokenizer_model=None),
+    )
+    assert {"merges.txt", "tokenizer.model"} <= companions(loading, window_size=24)[1]
+
+
+@pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters"])
+def test_a_checkpoint_says_the_architecture_that_was_trained(run, tmp_path, spelling):
+    told = {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}[spelling]
+    load = start(tmp_path, **{spelling: told})
+    loading = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, load=load))
+    hf, _ = companions(loading, window_size=8, rotary_base=5e5)
+    trained = MISTRAL.config(hf)
+    assert (trained.window_size, trained.rotary_base, trained.hidden_size, hf["mark"]) == (8, 5e5, 16, 1)
+
+
+def test_random_weights_are_described_by_the_run_and_not_by_the_tokenizers_directory(run, tmp_path):
+    directory = start(tmp_path, hidden_size=999)
+    from_none = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer_model=directory))
+    hf, names = companions(from_none, window_size=8)
+    assert (hf["hidden_size"], hf["sliding_window"]) == (16, 8) and {"merges.txt", "tokenizer.model"} <= names

@@ -1,5 +1,6 @@
 """One step and one validation pass in one process; other layouts are held to it in `tests/distributed`."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ from tiny_checkpoint import CONFIG, ENTRIES
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.data.batches import Batch
+from megatron_patch.families.manifest import manifest
+from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.optimizer import build_optimizer
@@ -95,3 +98,19 @@ def test_either_number_tells(result):
     with pytest.raises(ValueError, match="iteration 1: "):
         check_finite(1, result)
     check_finite(1, StepResult(1.0, 0.0))
+
+
+def test_random_weights_are_megatrons():
+    config = dataclasses.replace(CONFIG, hidden_size=400, ffn_hidden_size=300, num_layers=8, init_method_std=0.02)
+    drawn = RandomWeights(config, entries := manifest(MISTRAL, config), seed=5)
+    tensors = {entry.mcore: drawn.read(entry) for entry in entries}
+    layer = "decoder.layers.3."
+    for name, std in {
+        "embedding.word_embeddings.weight": 0.02,
+        layer + "mlp.linear_fc1.weight": 0.02,
+        layer + "mlp.linear_fc2.weight": 0.005,  # / sqrt(2 layers)
+        layer + "self_attention.linear_proj.weight": 0.005,
+    }.items():
+        assert tensors[name].std().item() == pytest.approx(std, rel=0.05)
+    assert (tensors[layer + "mlp.linear_fc1.layer_norm_weight"] == 1).all()
+    assert not torch.equal(tensors[layer + "mlp.linear_fc2.weight"], tensors["decoder.layers.4.mlp.linear_fc2.weight"])

@@ -1,0 +1,48 @@
+"""A rank's command line in process: its exit status, and one sentence for what the user can mend."""
+
+import shlex
+
+import pytest
+
+from megatron_patch.train import __main__ as command
+
+FLAGS = shlex.split(
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 "
+    "--kv-channels 16 --vocab-size 100 --max-position-embeddings 64 --train-data-path d --valid-data-path d "
+    "--seq-length 32 --max-padding-length 48 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 9 "
+    "--save s --save-interval 5 --load c --family mistral --train-iters 9 --micro-batch-size 2 --global-batch-size 8"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def started(monkeypatch, error):
+    """Let the rank's first step into the group raise `error`."""
+
+    def start(_):
+        raise error
+
+    monkeypatch.setattr(command, "start_process_group", start)
+
+
+def test_a_broken_rule_ends_the_rank_before_it_joins_the_others(monkeypatch, capsys):
+    started(monkeypatch, AssertionError("the group was started"))
+    assert command.main([*FLAGS, "--micro-batch-size", "3"]) == 1
+    assert capsys.readouterr().err.startswith("megatron_patch.train: rank 0: global_batch_size 8 is not a multiple")
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, OverflowError])
+def test_what_the_user_can_mend_is_one_sentence_and_a_failure(monkeypatch, capsys, error):
+    started(monkeypatch, error("what to do"))
+    assert command.main(FLAGS) == 1
+    assert capsys.readouterr().err == "megatron_patch.train: rank 0: what to do\n"
+
+
+def test_an_interruption_is_one_sentence_and_the_shells_status(monkeypatch, capsys):
+    started(monkeypatch, KeyboardInterrupt())
+    assert command.main(FLAGS) == 130
+    assert capsys.readouterr().err == "megatron_patch.train: rank 0: interrupted\n"
