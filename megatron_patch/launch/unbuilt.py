@@ -8,7 +8,7 @@ from megatron_patch.launch.positional import UsageError
 Line = tuple[str, Callable[[Mapping[str, object]], bool], str, str]
 
 TRAINING: tuple[Line, ...] = (
-    ("MODEL_SIZE", lambda v: v["MODEL_SIZE"] == "8x7B", "the Mixtral family", "7B or auto"),
+    ("MODEL_SIZE", lambda v: v["MODEL_SIZE"] == "8x7B", "training the Mixtral family", "7B or auto"),
     ("PR", lambda v: v["PR"] in ("fp16", "fp8"), "float16 and float8 training", "bf16 or fp32"),
     ("PP", lambda v: v["PP"] > 1, "pipeline parallelism", "1"),
     ("CP", lambda v: v["CP"] > 1, "context parallelism", "1"),

@@ -39,8 +39,3 @@ class Grid:
         for axis, size in (("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp)):
             rank, place[axis] = divmod(rank, size)
         return place
-
-    def peers(self, axis: str, rank: int) -> list[int]:
-        """Ranks that differ from `rank` only on `axis`, in axis order."""
-        here = self.coordinates(rank)
-        return [r for r in range(self.world) if all(c == here[a] for a, c in self.coordinates(r).items() if a != axis)]

@@ -19,10 +19,6 @@ def test_every_rank_has_its_own_place_and_tp_runs_fastest(tp, cp, pp, dp):
     places = [grid.coordinates(rank) for rank in range(grid.world)]
     order = itertools.product(range(pp), range(dp), range(cp), range(tp))
     assert places == [{"pp": p, "dp": d, "cp": c, "tp": t} for p, d, c, t in order]
-    for axis, size in (("tp", tp), ("cp", cp), ("dp", dp), ("pp", pp)):
-        groups = {tuple(grid.peers(axis, rank)) for rank in range(grid.world)}
-        assert all(len(group) == size for group in groups)
-        assert sorted(itertools.chain.from_iterable(groups)) == list(range(grid.world))
 
 
 def test_a_world_that_the_axes_do_not_divide_is_refused_with_every_factor():
