@@ -110,10 +110,19 @@ def compare(source: Path, target: Path, runs: int) -> dict[str, list[Run]]:
     results: dict[str, list[Run]] = {name: [] for name in CASES}
     for _ in range(runs):
         for name, command in CASES.items():
-            subprocess.run(f"cat {source}/* > /dev/null && sync", shell=True, check=True)
+            warm(source)
             results[name].append(measure([part.format(source=source, target=target) for part in command], target))
             shutil.rmtree(target)
     return results
+
+
+def warm(source: Path) -> None:
+    """Bring the source into the page cache and let earlier writes reach the disk: the same start for every case."""
+    for path in source.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+    os.sync()
 
 
 def measure(command: list[str], target: Path) -> Run:

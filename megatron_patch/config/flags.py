@@ -28,7 +28,7 @@ def from_flags(argv: list[str]) -> RunConfig:
     reader = parser()
     namespace, unknown = reader.parse_known_args(argv)
     if unknown:
-        reader.error(unknown_flag(unknown[0]))
+        reader.error(unknown_flag(unknown[0], known_flags()))
     concerns: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for owner, concern in _concerns():
@@ -61,9 +61,9 @@ def known_flags() -> list[str]:
     return [flag(item.name) for owner, _ in _concerns() for item in _settings(owner)]
 
 
-def unknown_flag(text: str) -> str:
-    """One sentence about a flag nobody declared."""
-    near = difflib.get_close_matches(text.split("=")[0], known_flags(), n=1)
+def unknown_flag(text: str, known: list[str]) -> str:
+    """One sentence about a flag nobody declared, with the nearest that is `known`."""
+    near = difflib.get_close_matches(text.split("=")[0], known, n=1)
     return f"unknown option {text!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 

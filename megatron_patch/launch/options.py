@@ -1,9 +1,8 @@
 """What follows the positionals: `--flag value` settings that override the derived ones."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_patch.config.flags import from_flags, known_flags, to_flags
+from megatron_patch.config.flags import from_flags, known_flags, to_flags, unknown_flag
 from megatron_patch.config.run import RunConfig
 from megatron_patch.launch.positional import UsageError
 
@@ -13,8 +12,7 @@ def check_options(options: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in _names(options):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UsageError(unknown_flag(name, known))
 
 
 def option_value(options: Sequence[str], name: str) -> str | None:

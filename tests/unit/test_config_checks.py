@@ -110,7 +110,8 @@ def test_flags_and_run_are_each_others_inverse():
 
 def test_an_unknown_flag_is_refused_with_the_nearest(capsys):
     assert (
-        unknown_flag("--global-batchsize") == "unknown option '--global-batchsize'; did you mean --global-batch-size?"
+        unknown_flag("--global-batchsize", known_flags())
+        == "unknown option '--global-batchsize'; did you mean --global-batch-size?"
     )
     with pytest.raises(SystemExit) as exit_status:
         run("--seq-len", "3")
