@@ -103,15 +103,15 @@ def our_step(directory: Path, family: Family, tokens: torch.Tensor) -> Callable[
     mesh = single_process()
     config = family.config(read_config(directory))
     entries = manifest(family, config)
-    model = build_model(config, ParallelConfig(), "fp32", mesh)
-    load_weights(model, entries, open_checkpoint(directory, family, config), mesh.tp)
-    optimizer = build_optimizer(OPTIMIZER, model)
+    chunks = build_model(config, ParallelConfig(), "fp32", mesh)
+    load_weights(chunks, entries, open_checkpoint(directory, family, config), mesh)
+    optimizer = build_optimizer(OPTIMIZER, chunks)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(BATCH, LENGTH))
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = backward(model, [batch], mesh)
-        clip_gradients(model, entries, mesh, limit=OPTIMIZER.clip_grad, sharded=True)
+        loss = backward(chunks, [batch], mesh)
+        clip_gradients(chunks, entries, mesh, limit=OPTIMIZER.clip_grad, sharded=True)
         optimizer.step()
         return loss.item()
 

@@ -17,7 +17,7 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.model.rope import rotary_tables
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import single_process
 
 TOLERANCE = 1e-5  # of the largest value, float32
 SHOWN = 4
@@ -66,10 +66,10 @@ class _Stage:
 
 def _stages(config: ModelConfig, tokens: int) -> Iterator[_Stage]:
     with torch.device("meta"):
-        model = GPTModel(config, Axis(), False)
+        model = GPTModel(config, range(config.num_layers), single_process())
     rotary = rotary_tables(config, tokens, torch.device("cpu"))
     yield _Stage("the embedding", "embedding.word_embeddings.", _call(model.embedding.word_embeddings))
-    for number, layer in enumerate(model.decoder.layers):
+    for number, layer in model.decoder.layers.items():
         yield _Stage(f"layer {number}", f"decoder.layers.{number}.", _call(layer, rotary))
     yield _Stage("the final norm", "decoder.final_layernorm.", _call(model.decoder.final_layernorm))
     if config.share_embeddings_and_output_weights:

@@ -21,7 +21,7 @@ from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
 from megatron_patch.checkpoint.legacy_source import open_legacy, spelling_of
 from megatron_patch.checkpoint.mcore import RANK_FILE, TRACKER, iteration_name
 from megatron_patch.checkpoint.megatron_args import megatron_args
-from megatron_patch.checkpoint.placement import check_layout, layer_ranges, rank_name, ranks, stage_layers
+from megatron_patch.checkpoint.placement import check_layout, rank_name, ranks, stage_ranges
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, Item, Spelling, items
 from megatron_patch.checkpoint.stream import Piece, Stack, write_pt
 from megatron_patch.config.model import ModelConfig
@@ -46,7 +46,7 @@ def write_legacy(
     if spelling.expert_first:
         target = replace(target, etp=1)
     payload = {"args": _args(spelling, config, target, source.dtype), "checkpoint_version": 3.0, "iteration": 0}
-    stages = list(itertools.chain.from_iterable(layer_ranges(stage_layers(config.num_layers, target))))
+    stages = list(itertools.chain.from_iterable(stage_ranges(config.num_layers, target)))
 
     def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
         for tp_rank, stage, ep_rank in ranks(target):

@@ -24,10 +24,9 @@ from megatron_patch.checkpoint.placement import (
     as_cut,
     check_layout,
     file_slots,
-    layer_ranges,
     rank_name,
     ranks,
-    stage_layers,
+    stage_ranges,
 )
 from megatron_patch.checkpoint.stream import Piece, write_pt
 from megatron_patch.config.model import ModelConfig
@@ -71,7 +70,7 @@ def check_mcore(entries: list[Entry], config: ModelConfig, target: Target) -> No
 def write_mcore(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
     """Write `directory`/release, a file for every rank of `target`, and the tracker."""
     release = directory / iteration_name(None)
-    layers = layer_ranges(stage_layers(config.num_layers, target))
+    layers = stage_ranges(config.num_layers, target)
     args = megatron_args(config, target, source.dtype)
     slots = {
         place: list(file_slots(entries, config, target, layers, *place))

@@ -24,7 +24,6 @@ from megatron_patch.checkpoint.placement import (
     as_cut,
     current_key,
     file_slots,
-    layer_ranges,
     rank_name,
     ranks,
     spelling_of,
@@ -32,6 +31,7 @@ from megatron_patch.checkpoint.placement import (
 from megatron_patch.checkpoint.unpickle import read_pt
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
+from megatron_patch.parallel.stages import layer_ranges
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
+from megatron_patch.parallel.stages import layer_ranges, stage_layers
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
@@ -65,40 +66,13 @@ def check_layout(config: ModelConfig, target: Target) -> None:
         raise ValueError(f"ep is {target.ep}, but the model has no experts; leave it at 1")
     if config.num_moe_experts % target.ep:
         raise ValueError(f"ep {target.ep} does not divide {config.num_moe_experts} experts; choose a divisor")
-    stage_layers(config.num_layers, target)
+    stage_ranges(config.num_layers, target)
 
 
-def stage_layers(num_layers: int, target: Target) -> list[list[int]]:
-    """Number of layers by pipeline stage and virtual chunk.
-
-    The first stage gets `first_stage_layers`, the others equal shares of the rest. Raises ValueError where a share is
-    not whole or is empty.
-    """
-    first, pp, vp = target.first_stage_layers, target.pp, target.vp
-    if pp == 1 and (first is not None or vp > 1):
-        name, value = ("vp", vp) if vp > 1 else ("first_stage_layers", first)
-        raise ValueError(f"{name} is {value}, which needs at least two pipeline stages; raise pp or leave it out")
-    if first is not None and not 0 < first < num_layers:
-        raise ValueError(f"first_stage_layers is {first}; it must leave some of the {num_layers} layers to each side")
-    stages, layers = (pp, num_layers) if first is None else (pp - 1, num_layers - first)
-    if layers % stages or layers < stages:
-        raise ValueError(f"{layers} layers cannot be shared equally by {stages} pipeline stages")
-    shares = [layers // stages] * stages if first is None else [first, *[layers // stages] * stages]
-    for share in shares:
-        if share % vp:
-            raise ValueError(f"the {share} layers of a pipeline stage cannot be shared equally by vp {vp} chunks")
-    return [[share // vp] * vp for share in shares]
-
-
-def layer_ranges(counts: Sequence[Sequence[int]]) -> list[list[range]]:
-    """Global layers by stage and chunk, of their numbers: every stage's first chunk, then every stage's second, …"""
-    ranges: list[list[range]] = [[] for _ in counts]
-    layer = 0
-    for chunk in range(len(counts[0])):
-        for stage, numbers in enumerate(counts):
-            ranges[stage].append(range(layer, layer + numbers[chunk]))
-            layer += numbers[chunk]
-    return ranges
+def stage_ranges(num_layers: int, target: Target) -> list[list[range]]:
+    """Global layers by pipeline stage and virtual chunk. Raises ValueError where they cannot be shared."""
+    counts = stage_layers(num_layers, pp=target.pp, vp=target.vp, first_stage_layers=target.first_stage_layers)
+    return layer_ranges(counts)
 
 
 def file_slots(

@@ -20,7 +20,7 @@ from megatron_patch.launch import cluster, unbuilt
 from megatron_patch.launch.options import check_options, overridden, settings
 from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.size import resolve_size
-from megatron_patch.parallel.grid import Grid, smallest_world
+from megatron_patch.parallel.grid import resolve_grid, smallest_world
 from megatron_patch.plan.describe import UNKNOWN_MEMORY, describe
 from megatron_patch.plan.disk import look
 from megatron_patch.plan.schedule import iterations
@@ -56,7 +56,7 @@ def plan(request: Request) -> dict[str, Any]:
     _check_built(run)
     ranks = _ranks(request, run)
     warnings = [*resolved.warnings, *_check(request, run, ranks.world, absent)]
-    grid = _grid(run, ranks.world)
+    grid = resolve_grid(run.parallel, ranks.world)
     sections = describe(run, resolved.family, grid)
     sections["parallel"]["counted"] = ranks.counted
     return {
@@ -143,22 +143,18 @@ def _check_built(run: RunConfig) -> None:
 def _ranks(request: Request, run: RunConfig) -> cluster.Cluster:
     if request.values["ENV"] == "dlc":
         return cluster.many_nodes(request.environ)
-    return cluster.one_node(request.environ, smallest_world(*_axes(run)))
+    return cluster.one_node(request.environ, smallest_world(**_axes(run)))
 
 
-def _grid(run: RunConfig, world: int) -> Grid:
-    tp, cp, ep, pp = _axes(run)
-    return Grid(tp=tp, cp=cp, ep=ep, pp=pp, world=world)
-
-
-def _axes(run: RunConfig) -> tuple[int, int, int, int]:
+def _axes(run: RunConfig) -> dict[str, int | None]:
     sizes = run.parallel
-    return (
-        sizes.tensor_model_parallel_size,
-        sizes.context_parallel_size,
-        sizes.expert_model_parallel_size,
-        sizes.pipeline_model_parallel_size,
-    )
+    return {
+        "tp": sizes.tensor_model_parallel_size,
+        "cp": sizes.context_parallel_size,
+        "ep": sizes.expert_model_parallel_size,
+        "pp": sizes.pipeline_model_parallel_size,
+        "etp": sizes.expert_tensor_parallel_size,
+    }
 
 
 def _check_data_kind(request: Request) -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.linear import LayerNormColumnLinear, RowLinear
 from megatron_patch.model.rope import rotate
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import Mesh
 
 
 def core_attention(
@@ -53,9 +53,9 @@ def _windowed(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int, scale
 class SelfAttention(nn.Module):
     """Norm, fused QKV (per query group: its query heads, its key, its value), attention, output projection."""
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        self.groups = config.num_query_groups // tp.size
+        self.groups = config.num_query_groups // mesh.tp.size
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.head_dim, self.window = config.kv_channels, config.window_size
         self.interleaved = config.rotary_interleaved
@@ -64,11 +64,11 @@ class SelfAttention(nn.Module):
             config.hidden_size,
             width + 2 * config.num_query_groups * config.kv_channels,
             config.norm_epsilon,
-            tp,
-            sequence_parallel,
+            mesh.tp,
+            mesh.sequence_parallel,
             bias=config.add_qkv_bias,
         )
-        self.linear_proj = RowLinear(width, config.hidden_size, tp, sequence_parallel)
+        self.linear_proj = RowLinear(width, config.hidden_size, mesh.tp, mesh.sequence_parallel)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""

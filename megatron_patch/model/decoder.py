@@ -13,7 +13,7 @@ from megatron_patch.model.mlp import MLP
 from megatron_patch.model.moe import MoE
 from megatron_patch.model.norm import RMSNorm
 from megatron_patch.model.rope import rotary_tables
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import Mesh
 
 
 class TransformerLayer(nn.Module):
@@ -22,19 +22,19 @@ class TransformerLayer(nn.Module):
     A norm stands here, and not in the linear layer after it, where several layers read what it normalised.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tp: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.input_layernorm = self.pre_mlp_layernorm = nn.Identity()
         if config.is_mla:
             self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
-            self.self_attention = MLASelfAttention(config, tp)
+            self.self_attention = MLASelfAttention(config, mesh)
         else:
-            self.self_attention = SelfAttention(config, tp, sequence_parallel)
+            self.self_attention = SelfAttention(config, mesh)
         if config.is_moe_layer(layer):
             self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
-            self.mlp = MoE(config, tp)
+            self.mlp = MoE(config, mesh)
         else:
-            self.mlp = MLP(config, tp, sequence_parallel)
+            self.mlp = MLP(config, mesh)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""
@@ -45,52 +45,80 @@ class TransformerLayer(nn.Module):
 class Embedding(nn.Module):
     """Only tokens are embedded; positions are rotary."""
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, sequence_parallel)
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, mesh.tp, mesh.sequence_parallel
+        )
 
 
 class TransformerBlock(nn.Module):
-    """The stack of layers and the norm after it."""
+    """The layers of one pipeline chunk, by their number in the whole model, and the norm after the last of all."""
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, layers: range, mesh: Mesh):
         super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, layer, tp, sequence_parallel) for layer in range(config.num_layers)
-        )
-        self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.layers = nn.ModuleDict({str(layer): TransformerLayer(config, layer, mesh) for layer in layers})
+        is_last = layers.stop == config.num_layers
+        self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon) if is_last else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             x = layer(x, rotary)
         return self.final_layernorm(x)
 
 
 class GPTModel(nn.Module):
-    """A decoder-only language model, this tensor-parallel rank's share of it."""
+    """A decoder-only language model, or consecutive layers of it: this tensor-parallel rank's share.
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    The chunk with layer 0 embeds, the one with the last layer computes the logits; a chunk between takes and gives the
+    residual stream. Tied embeddings stand in both of these.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range, mesh: Mesh):
         super().__init__()
-        self.config, self.tp, self.sequence_parallel = config, tp, sequence_parallel
-        self.embedding = Embedding(config, tp, sequence_parallel)
-        self.decoder = TransformerBlock(config, tp, sequence_parallel)
-        if not config.share_embeddings_and_output_weights:
-            rows = padded_vocabulary(config.vocab_size, tp.size)
-            self.output_layer = ColumnLinear(config.hidden_size, rows, tp, sequence_parallel)
+        self.config, self.layers, self.mesh = config, layers, mesh
+        is_tied = config.share_embeddings_and_output_weights
+        if self.is_first or (self.is_last and is_tied):
+            self.embedding = Embedding(config, mesh)
+        self.decoder = TransformerBlock(config, layers, mesh)
+        if self.is_last and not is_tied:
+            rows = padded_vocabulary(config.vocab_size, mesh.tp.size)
+            self.output_layer = ColumnLinear(config.hidden_size, rows, mesh.tp, mesh.sequence_parallel)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Loss per token [B, S], float32; without labels this rank's logits [B, S, V/tp]."""
-        tokens_SB = tokens_BS.t().contiguous()
-        rotary = rotary_tables(self.config, len(tokens_SB), tokens_BS.device)
-        logits = self._logits(self.decoder(self.embedding.word_embeddings(tokens_SB), rotary))
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with tokens."""
+        return self.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends with the loss, or logits."""
+        return self.layers.stop == self.config.num_layers
+
+    def forward(self, x: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """x: token ids [B, S], or for a later chunk the residual stream [S or S/tp, B, H].
+
+        The last chunk returns the loss per token [B, S], at least float32, or without labels this rank's logits
+        [B, S, V/tp]; the others return the residual stream.
+        """
+        if self.is_first:
+            length = x.shape[1]
+            x = self.embedding.word_embeddings(x.t().contiguous())
+        else:
+            length = len(x) * (self.mesh.tp.size if self.mesh.sequence_parallel else 1)
+        x = self.decoder(x, rotary_tables(self.config, length, x.device))
+        return self._loss(x, labels_BS) if self.is_last else x
+
+    def _loss(self, x: Tensor, labels_BS: Tensor | None) -> Tensor:
+        logits = self._logits(x)
         if labels_BS is None:
             return logits.transpose(0, 1)
-        loss_SB = vocab_parallel_cross_entropy(logits, labels_BS.t(), self.tp, self.config.vocab_size)
+        loss_SB = vocab_parallel_cross_entropy(logits, labels_BS.t(), self.mesh.tp, self.config.vocab_size)
         return loss_SB.t().clone()  # FSDP hooks what is returned, and a view may lose its hook
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.config.share_embeddings_and_output_weights:
-            x = enter(x, self.tp, self.sequence_parallel)
+            x = enter(x, self.mesh.tp, self.mesh.sequence_parallel)
             return torch.nn.functional.linear(x, self.embedding.word_embeddings.weight)
         return self.output_layer(x)

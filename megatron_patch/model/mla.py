@@ -12,14 +12,15 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.attention import core_attention
 from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear
 from megatron_patch.model.rope import rotate, softmax_temperature
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import Mesh
 
 
 class MLASelfAttention(nn.Module):
     """Queries, compressed or not; keys and values through one latent; rotated key channels that all heads share."""
 
-    def __init__(self, config: ModelConfig, tp: Axis):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
+        tp = mesh.tp
         assert tp.size == 1, "latent attention is not distributed over tensor-parallel ranks"
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.plain, self.turned, self.value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim

@@ -6,18 +6,18 @@ from torch.nn import functional as F
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.linear import LayerNormColumnLinear, RowLinear
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import Mesh
 
 
 class MLP(nn.Module):
     """Norm, gate and up in one matrix ([gate_r; up_r] at rank r), down."""
 
-    def __init__(self, config: ModelConfig, tp: Axis, sequence_parallel: bool):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
         self.linear_fc1 = LayerNormColumnLinear(
-            config.hidden_size, 2 * config.ffn_hidden_size, config.norm_epsilon, tp, sequence_parallel
+            config.hidden_size, 2 * config.ffn_hidden_size, config.norm_epsilon, mesh.tp, mesh.sequence_parallel
         )
-        self.linear_fc2 = RowLinear(config.ffn_hidden_size, config.hidden_size, tp, sequence_parallel)
+        self.linear_fc2 = RowLinear(config.ffn_hidden_size, config.hidden_size, mesh.tp, mesh.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""

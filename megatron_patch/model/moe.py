@@ -11,18 +11,18 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.linear import ColumnLinear, RowLinear
 from megatron_patch.model.mlp import swiglu, swiglu_gradient
 from megatron_patch.model.router import TopKRouter
-from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.mesh import Mesh
 
 
 class MoE(nn.Module):
     """Router, experts, and the shared expert where there is one. Not cut over ranks."""
 
-    def __init__(self, config: ModelConfig, tp: Axis):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        assert tp.size == 1, "experts are not distributed over tensor-parallel ranks"
+        assert mesh.tp.size == 1, "experts are not distributed over tensor-parallel ranks"
         self.router = TopKRouter(config)
         self.experts = Experts(config)
-        self.shared_experts = SharedExperts(config, tp) if config.moe_shared_expert_intermediate_size else None
+        self.shared_experts = SharedExperts(config, mesh) if config.moe_shared_expert_intermediate_size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S, B, H] → the same shape."""
@@ -36,11 +36,11 @@ class MoE(nn.Module):
 class SharedExperts(nn.Module):
     """A gated MLP that every token passes, weighted by a sigmoid of the token if `moe_shared_expert_gate`."""
 
-    def __init__(self, config: ModelConfig, tp: Axis):
+    def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
         width = config.moe_shared_expert_intermediate_size
-        self.linear_fc1 = ColumnLinear(config.hidden_size, 2 * width, tp, sequence_parallel=False)
-        self.linear_fc2 = RowLinear(width, config.hidden_size, tp, sequence_parallel=False)
+        self.linear_fc1 = ColumnLinear(config.hidden_size, 2 * width, mesh.tp, mesh.sequence_parallel)
+        self.linear_fc2 = RowLinear(width, config.hidden_size, mesh.tp, mesh.sequence_parallel)
         gate = nn.Parameter(torch.empty(1, config.hidden_size)) if config.moe_shared_expert_gate else None
         self.register_parameter("gate_weight", gate)
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_patch.config.checks import check
 from megatron_patch.config.flags import from_flags
-from megatron_patch.parallel.grid import Grid
+from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.parallel.mesh import build_mesh, start_process_group
 from megatron_patch.train.loop import train
 
@@ -18,15 +18,16 @@ def main(argv: list[str]) -> int:
     parallel = run.parallel
     try:
         check(run, int(os.environ["WORLD_SIZE"]))
-        grid = Grid(
-            tp=parallel.tensor_model_parallel_size,
-            cp=parallel.context_parallel_size,
-            ep=parallel.expert_model_parallel_size,
-            pp=parallel.pipeline_model_parallel_size,
-            world=int(os.environ["WORLD_SIZE"]),
-        )
+        grid = resolve_grid(parallel, int(os.environ["WORLD_SIZE"]))
         device = start_process_group(parallel.distributed_timeout_minutes)
-        train(run, build_mesh(grid, device, sharded=parallel.use_distributed_optimizer))
+        mesh = build_mesh(
+            grid,
+            device,
+            sharded=parallel.use_distributed_optimizer,
+            sequence_parallel=parallel.sequence_parallel,
+            timeout_minutes=parallel.distributed_timeout_minutes,
+        )
+        train(run, mesh)
         dist.destroy_process_group()
     except (ValueError, OSError, MemoryError, OverflowError) as error:
         print(f"megatron_patch.train: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)

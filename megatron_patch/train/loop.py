@@ -25,26 +25,26 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     """From the start weights to the last checkpoint."""
     entries = manifest(ALL[run.family], run.model)
     training, validation = _batches(run, mesh)
-    model = build_model(run.model, run.parallel, run.precision, mesh)
+    chunks = build_model(run.model, run.parallel, run.precision, mesh)
     source = _start_weights(run, entries)
-    load_weights(model, entries, source, mesh.tp)
-    optimizer = build_optimizer(run.optimizer, model)
+    load_weights(chunks, entries, source, mesh)
+    optimizer = build_optimizer(run.optimizer, chunks)
     log = Log(run, enabled=mesh.rank == 0)  # opens files: not before everything that can be refused was read
     origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
     log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
 
     with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
-        log.before_training(evaluate(model, validation, mesh))
+        log.before_training(evaluate(chunks, validation, mesh))
         for iteration, micro_batches in enumerate(training, 1):
             rate = learning_rate(run.optimizer, iteration - 1)
             set_learning_rate(optimizer, rate)
-            result = train_step(run, model, optimizer, entries, micro_batches, mesh)
+            result = train_step(run, chunks, optimizer, entries, micro_batches, mesh)
             fields = log.iteration(iteration, result, rate)
             check_finite(iteration, result)
             is_validated = _due(run, iteration, run.eval_interval)
-            log.finish(iteration, fields, evaluate(model, validation, mesh) if is_validated else None)
+            log.finish(iteration, fields, evaluate(chunks, validation, mesh) if is_validated else None)
             if _due(run, iteration, run.checkpoint.save_interval):
-                save_checkpoint(run, model, iteration, mesh)
+                save_checkpoint(run, chunks, iteration, mesh)
                 log.say(f" saved checkpoint of iteration {iteration} in {run.checkpoint.save}")
     log.close()
 

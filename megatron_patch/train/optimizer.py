@@ -1,21 +1,21 @@
-"""AdamW on this rank's shards, and the global gradient norm."""
+"""AdamW on this rank's shards, and what its gradients still need once the last backward is done."""
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.families.manifest import Entry
+from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.collectives import sum_
-from megatron_patch.parallel.mesh import Axis, Mesh
-from megatron_patch.train.parameters import parameter_name
+from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.parameters import EMBEDDING, local, named_parameters, parameter_name
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Matrices decay, vectors (norms) do not."""
-    parameters = list(model.parameters())
+def build_optimizer(config: OptimizerConfig, chunks: Iterable[GPTModel]) -> torch.optim.AdamW:
+    """Matrices decay, vectors (norms, biases) do not."""
+    parameters = list(named_parameters(chunks).values())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
@@ -31,43 +31,58 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a parameter or gradient, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def finish_gradients(chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh: Mesh) -> None:
+    """Add up what FSDP does not know of: parts found by tensor-parallel ranks, and by both ends of the pipeline."""
+    parameters = named_parameters(chunks)
+    if mesh.sequence_parallel:  # what every rank holds whole ran on its own tokens only
+        whole = [local(parameters[e.mcore].grad) for e in entries if e.shard is None and e.mcore in parameters]
+        _sum_flat(whole, mesh)
+    if mesh.embedding.size > 1 and EMBEDDING in parameters and _is_tied(chunks):
+        sum_(local(parameters[EMBEDDING].grad), mesh.embedding)
 
 
 @torch.no_grad()
-def sum_sequence_parallel_gradients(model: nn.Module, entries: Iterable[Entry], tp: Axis) -> None:
-    """Norms ran on this rank's tokens only: add up what the tensor-parallel ranks found."""
-    parameters = dict(model.named_parameters())
-    partial = [local(parameters[e.mcore].grad) for e in entries if e.shard is None and e.mcore in parameters]
-    if tp.size == 1 or not partial:
-        return
-    flat = sum_(torch.cat([gradient.flatten() for gradient in partial]), tp)
-    for gradient, total in zip(partial, flat.split([gradient.numel() for gradient in partial]), strict=True):
-        gradient.copy_(total.view_as(gradient))
-
-
-@torch.no_grad()
-def clip_gradients(model: nn.Module, entries: Iterable[Entry], mesh: Mesh, *, limit: float, sharded: bool) -> Tensor:
+def clip_gradients(
+    chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh: Mesh, *, limit: float, sharded: bool
+) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `limit` (0: only measure). Returns the norm before.
 
-    Every element counts once: what tensor-parallel ranks replicate, or data-parallel ranks when not `sharded`,
-    is not added up over them.
+    A gradient that several ranks hold adds its part by the share of each. `sharded`: data-parallel ranks hold pieces,
+    not copies.
     """
-    shards = {parameter_name(entry): entry.shard for entry in entries}
-    named = [(name, local(p.grad)) for name, p in model.named_parameters()]
-    cut = _squared_norm([g for name, g in named if shards[name] is not None], mesh.device)
-    whole = _squared_norm([g for name, g in named if shards[name] is None], mesh.device)
-    total = sum_(cut, mesh.tp) + whole
-    if sharded:
-        total = sum_(total, mesh.dp)
-    norm = total.sqrt()
+    gradients = {name: local(p.grad) for name, p in named_parameters(chunks).items()}
+    copies = {parameter_name(entry): _copies(entry, mesh, sharded) for entry in entries}
+    if not mesh.is_first_stage and _is_tied(chunks):
+        gradients_once = {name: gradient for name, gradient in gradients.items() if name != EMBEDDING}
+    else:
+        gradients_once = gradients
+    total = torch.zeros((), device=mesh.device)
+    for count in set(copies.values()):
+        total = total + _squared_norm([g for n, g in gradients_once.items() if copies[n] == count], mesh) / count
+    norm = sum_(total, mesh.world).sqrt()
     if limit > 0:
-        torch._foreach_mul_([g for _, g in named], torch.clamp(limit / (norm + 1e-6), max=1.0))
+        torch._foreach_mul_(list(gradients.values()), torch.clamp(limit / (norm + 1e-6), max=1.0))
     return norm
 
 
-def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+def _copies(entry: Entry, mesh: Mesh, sharded: bool) -> int:
+    """How many ranks hold the same element of a gradient."""
+    if entry.expert is not None:
+        return 1 if sharded else mesh.edp.size
+    return (mesh.tp.size if entry.shard is None else 1) * (1 if sharded else mesh.dp_cp.size)
+
+
+def _is_tied(chunks: Iterable[GPTModel]) -> bool:
+    return any(chunk.config.share_embeddings_and_output_weights for chunk in chunks)
+
+
+def _sum_flat(gradients: list[Tensor], mesh: Mesh) -> None:
+    flat = sum_(torch.cat([gradient.flatten() for gradient in gradients]), mesh.tp)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def _squared_norm(gradients: list[Tensor], mesh: Mesh) -> Tensor:
     norms = torch._foreach_norm([g for g in gradients if g.numel()])
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=mesh.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_patch.checkpoint.assets import MODEL, TOKENIZER, copy_assets, write_dtype
@@ -18,14 +18,15 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import DTYPES
+from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.parameters import entry_tensors
+from megatron_patch.train.parameters import entry_tensors, named_parameters
 
 
-def save_checkpoint(run: RunConfig, model: nn.Module, iteration: int, mesh: Mesh) -> None:
+def save_checkpoint(run: RunConfig, chunks: list[GPTModel], iteration: int, mesh: Mesh) -> None:
     """Write `iter_NNNNNNN`, weights in the compute precision, and then the tracker. Every rank takes part."""
     root, dtype = Path(run.checkpoint.save), DTYPES[run.precision]
-    weights = tensor_parallel_weights(model, dtype, keep=mesh.dp.rank == 0)
+    weights = tensor_parallel_weights(chunks, mesh, dtype, keep=mesh.dp.rank == 0)
     if mesh.dp.rank == 0:
         args = megatron_args(run.model, Target(tp=mesh.tp.size), dtype)
         write_rank(root, iteration, mesh.tp.rank, weights, args)
@@ -55,14 +56,14 @@ def write_companions(run: RunConfig, root: Path) -> None:
 
 
 @torch.no_grad()
-def tensor_parallel_weights(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
+def tensor_parallel_weights(chunks: list[GPTModel], mesh: Mesh, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
     """This tensor-parallel rank's tensors by manifest name, in `dtype`, on the CPU, whole over data-parallel ranks.
 
     Every data-parallel rank takes part; only those with `keep` hold the result.
     """
     weights = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(chunks).items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            weights |= {part: tensor.to("cpu", dtype, copy=True) for part, tensor in entry_tensors(name, whole)}
+            weights |= {part: tensor.to("cpu", dtype, copy=True) for part, tensor in entry_tensors(name, whole, mesh)}
     return weights

@@ -14,7 +14,7 @@ from megatron_patch.model.build import synchronise_gradients
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.optimizer import clip_gradients, sum_sequence_parallel_gradients
+from megatron_patch.train.optimizer import clip_gradients, finish_gradients
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StepResult:
 
 def train_step(
     run: RunConfig,
-    model: GPTModel,
+    chunks: list[GPTModel],
     optimizer: torch.optim.Optimizer,
     entries: list[Entry],
     micro_batches: list[Batch],
@@ -35,11 +35,10 @@ def train_step(
 ) -> StepResult:
     """Accumulate the micro-batches' gradients, clip, update."""
     optimizer.zero_grad(set_to_none=True)
-    loss = backward(model, micro_batches, mesh)
-    if model.sequence_parallel:
-        sum_sequence_parallel_gradients(model, entries, mesh.tp)
+    loss = backward(chunks, micro_batches, mesh)
+    finish_gradients(chunks, entries, mesh)
     norm = clip_gradients(
-        model,
+        chunks,
         entries,
         mesh,
         limit=run.optimizer.clip_grad,
@@ -58,7 +57,7 @@ def check_finite(iteration: int, result: StepResult) -> None:
         )
 
 
-def backward(model: GPTModel, micro_batches: list[Batch], mesh: Mesh) -> Tensor:
+def backward(chunks: list[GPTModel], micro_batches: list[Batch], mesh: Mesh) -> Tensor:
     """Gradients of the mean loss over the global batch's unmasked tokens. Returns that loss.
 
     The number of tokens is known before the first forward, so that the result depends neither on how samples fall
@@ -66,26 +65,33 @@ def backward(model: GPTModel, micro_batches: list[Batch], mesh: Mesh) -> Tensor:
     """
     tokens = _token_count(micro_batches, mesh)
     total = torch.zeros((), device=mesh.device)
+    (model,) = chunks
     for number, batch in enumerate(micro_batches, 1):
-        synchronise_gradients(model, number == len(micro_batches))
+        synchronise_gradients(chunks, number == len(micro_batches))
         loss = _summed_loss(model, batch, mesh) / tokens
         loss.backward()
         total += loss.detach()
-    return sum_(total, mesh.dp)
+    return _over_ranks(total, mesh)
 
 
 @torch.no_grad()
-def evaluate(model: GPTModel, batches: Iterable[list[Batch]], mesh: Mesh) -> float:
+def evaluate(chunks: list[GPTModel], batches: Iterable[list[Batch]], mesh: Mesh) -> float:
     """Mean loss over the unmasked tokens of `batches`, of all data-parallel ranks."""
+    (model,) = chunks
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for micro_batches in batches:
         for batch in micro_batches:
             total[0] += _summed_loss(model, batch, mesh)
             total[1] += batch.loss_mask.sum()
-    loss, tokens = sum_(total, mesh.dp).tolist()
+    loss, tokens = _over_ranks(total, mesh).tolist()
     if not tokens:
         raise ValueError("the validation data has no token to predict; check VALID_DATASET_PATH")
     return loss / tokens
+
+
+def _over_ranks(total: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of what the ranks found in their samples, their parts of sequences, and their last stages."""
+    return sum_(sum_(total, mesh.dp_cp), mesh.pp)
 
 
 def _token_count(micro_batches: list[Batch], mesh: Mesh) -> Tensor:

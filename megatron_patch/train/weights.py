@@ -7,14 +7,15 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
-from megatron_patch.parallel.mesh import Axis
-from megatron_patch.train.parameters import parameter_name
+from megatron_patch.model.decoder import GPTModel
+from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.parameters import local_expert, named_parameters, parameter_name, shard_axis
 
 
 class Source(Protocol):
@@ -58,17 +59,21 @@ class RandomWeights:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, entries: Iterable[Entry], source: Source, tp: Axis) -> None:
-    """Fill every parameter of `model` with this rank's piece, one tensor at a time; experts elsewhere are not read."""
-    parameters = dict(model.named_parameters())
+def load_weights(chunks: Iterable[GPTModel], entries: Iterable[Entry], source: Source, mesh: Mesh) -> None:
+    """Fill this rank's parameters, one tensor at a time; what other stages and expert ranks hold is not read."""
+    parameters = named_parameters(chunks)
     filled: dict[str, int] = dict.fromkeys(parameters, 0)
     for entry in entries:
-        name = parameter_name(entry)
-        filled[name] += 1
+        name, axis = parameter_name(entry), shard_axis(entry, mesh)
+        if name not in parameters:
+            continue
         if entry.expert is None:
-            _fill(parameters[name], cut(entry, source.read(entry), tp.rank, tp.size))
-        elif (slot := _expert_slot(parameters[name], entry.expert)) is not None:
-            slot.copy_(cut(entry, source.read(entry), tp.rank, tp.size))
+            _fill(parameters[name], cut(entry, source.read(entry), axis.rank, axis.size))
+        elif (number := local_expert(entry.expert, parameters[name], mesh)) is None:
+            continue
+        elif (slot := _expert_slot(parameters[name], number)) is not None:
+            slot.copy_(cut(entry, source.read(entry), axis.rank, axis.size))
+        filled[name] += 1
     lacking = [name for name, count in filled.items() if count != _parts(parameters[name])]
     assert not lacking, f"the manifest does not have exactly the entries of {lacking}"
 
@@ -80,13 +85,13 @@ def _fill(parameter: Tensor, piece: Tensor) -> None:
     parameter.copy_(piece)
 
 
-def _expert_slot(parameter: Tensor, expert: int) -> Tensor | None:
-    """Where a rank keeps its part of `expert`; None where it keeps none."""
+def _expert_slot(parameter: Tensor, number: int) -> Tensor | None:
+    """Where a rank keeps its part of slice `number`; None where another data-parallel rank does."""
     if not isinstance(parameter, DTensor):
-        return parameter[expert]
+        return parameter[number]
     numbers = torch.arange(len(parameter), device=parameter.device)
     held = distribute_tensor(numbers, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-    return parameter.to_local()[(held == expert).nonzero().item()] if expert in held else None
+    return parameter.to_local()[(held == number).nonzero().item()] if number in held else None
 
 
 def _parts(parameter: Tensor) -> int:

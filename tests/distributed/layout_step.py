@@ -14,10 +14,10 @@ from megatron_patch.families.family import Family
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
 from megatron_patch.model.router import TopKRouter
-from megatron_patch.parallel.grid import Grid
-from megatron_patch.parallel.mesh import build_mesh
-from megatron_patch.train.optimizer import build_optimizer, clip_gradients, sum_sequence_parallel_gradients
-from megatron_patch.train.parameters import entry_tensors
+from megatron_patch.parallel.grid import resolve_grid
+from megatron_patch.parallel.mesh import Mesh, build_mesh
+from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
+from megatron_patch.train.parameters import entry_tensors, named_parameters
 from megatron_patch.train.save import tensor_parallel_weights
 from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
@@ -79,45 +79,54 @@ def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, st
     """After `steps` optimizer steps: loss, gradient norm and this rank's gradients of one accumulation; parameters."""
     torch.set_default_dtype(dtype)
     entries = manifest(family(config), config)
-    model = build_model(config, parallel, precision, mesh)
-    load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
+    chunks = build_model(config, parallel, precision, mesh)
+    load_weights(chunks, entries, RandomWeights(config, entries, seed=3), mesh)
     settings = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10, clip_grad=0.5)
-    run, optimizer = SimpleNamespace(optimizer=settings, parallel=parallel), build_optimizer(settings, model)
+    run, optimizer = SimpleNamespace(optimizer=settings, parallel=parallel), build_optimizer(settings, chunks)
     batches = micro_batches(mesh.dp.rank, mesh.dp.size)
     for _ in range(steps):
-        train_step(run, model, optimizer, entries, batches, mesh)
+        train_step(run, chunks, optimizer, entries, batches, mesh)
     optimizer.zero_grad()
-    loss = backward(model, batches, mesh)
-    if model.sequence_parallel:
-        sum_sequence_parallel_gradients(model, entries, mesh.tp)
+    loss = backward(chunks, batches, mesh)
+    finish_gradients(chunks, entries, mesh)
     gradients = {
         entry: gradient
-        for name, parameter in model.named_parameters()
-        for entry, gradient in entry_tensors(name, _whole(parameter.grad))
+        for name, parameter in named_parameters(chunks).items()
+        for entry, gradient in entry_tensors(name, _whole(parameter.grad), mesh)
     }
-    norm = clip_gradients(model, entries, mesh, limit=settings.clip_grad, sharded=parallel.use_distributed_optimizer)
-    return loss.item(), norm.item(), gradients, tensor_parallel_weights(model, dtype, keep=True)
+    norm = clip_gradients(chunks, entries, mesh, limit=settings.clip_grad, sharded=parallel.use_distributed_optimizer)
+    return loss.item(), norm.item(), gradients, tensor_parallel_weights(chunks, mesh, dtype, keep=True)
 
 
 def _whole(gradient: torch.Tensor) -> torch.Tensor:
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
 
 
+def mesh_of(parallel: ParallelConfig, world: int) -> Mesh:
+    """The mesh of this rank among `world`, on the CPU."""
+    return build_mesh(
+        resolve_grid(parallel, world),
+        torch.device("cpu"),
+        sharded=parallel.use_distributed_optimizer,
+        sequence_parallel=parallel.sequence_parallel,
+        timeout_minutes=1.0,
+    )
+
+
 def on_ranks(config: ModelConfig, parallel: ParallelConfig, world: int, precision: str, steps: int, dtype: torch.dtype):
     """What `run_ranks` runs."""
-    grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
-    mesh = build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer)
+    mesh = mesh_of(parallel, world)
     return step(config, parallel, precision, mesh, steps, dtype)
 
 
 def bf16_shards(config: ModelConfig, world: int) -> tuple[list[torch.dtype], int, int]:
     """In a model that computes in bfloat16: the type of each router's weight as its forward sees it, the bytes of this
     rank's shards, and of all parameters as its forward sees them, padded to equal shards."""
-    mesh = build_mesh(Grid(tp=1, cp=1, ep=1, pp=1, world=world), torch.device("cpu"), sharded=True)
-    model = build_model(config, ParallelConfig(), "bf16", mesh)
+    mesh = mesh_of(ParallelConfig(), world)
+    chunks = build_model(config, ParallelConfig(), "bf16", mesh)
     entries = manifest(family(config), config)
-    load_weights(model, entries, RandomWeights(config, entries, seed=3), mesh.tp)
-    seen = []
+    load_weights(chunks, entries, RandomWeights(config, entries, seed=3), mesh)
+    (model,), seen = chunks, []
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.register_forward_pre_hook(lambda router, _: seen.append(router.weight.dtype))
@@ -130,24 +139,24 @@ def bf16_shards(config: ModelConfig, world: int) -> tuple[list[torch.dtype], int
 def validation(parallel: ParallelConfig, mesh) -> float:
     """The validation loss of the global batch, which its ranks share unequally in unmasked tokens."""
     entries = manifest(family(MODEL), MODEL)
-    model = build_model(MODEL, parallel, "fp32", mesh)
-    load_weights(model, entries, RandomWeights(MODEL, entries, seed=3), mesh.tp)
-    return evaluate(model, [micro_batches(mesh.dp.rank, mesh.dp.size)], mesh)
+    chunks = build_model(MODEL, parallel, "fp32", mesh)
+    load_weights(chunks, entries, RandomWeights(MODEL, entries, seed=3), mesh)
+    return evaluate(chunks, [micro_batches(mesh.dp.rank, mesh.dp.size)], mesh)
 
 
 def validation_on_ranks(parallel: ParallelConfig, world: int) -> float:
     """What `run_ranks` runs."""
-    grid = Grid(tp=parallel.tensor_model_parallel_size, cp=1, ep=1, pp=1, world=world)
-    return validation(parallel, build_mesh(grid, torch.device("cpu"), sharded=parallel.use_distributed_optimizer))
+    return validation(parallel, mesh_of(parallel, world))
 
 
 def rotary_dtypes_on_ranks(precision: str) -> set[torch.dtype]:
     """The types in which attention receives its rotary tables."""
-    mesh = build_mesh(Grid(tp=1, cp=1, ep=1, pp=1, world=1), torch.device("cpu"), sharded=True)
+    mesh = mesh_of(ParallelConfig(), 1)
     entries, found = manifest(family(MODEL), MODEL), set()
-    model = build_model(MODEL, ParallelConfig(), precision, mesh)
-    load_weights(model, entries, RandomWeights(MODEL, entries, seed=3), mesh.tp)
-    for layer in model.decoder.layers:
+    chunks = build_model(MODEL, ParallelConfig(), precision, mesh)
+    load_weights(chunks, entries, RandomWeights(MODEL, entries, seed=3), mesh)
+    (model,) = chunks
+    for layer in model.decoder.layers.values():
         layer.self_attention.register_forward_pre_hook(lambda _, given: found.update(t.dtype for t in given[1]))
     model(global_batch().tokens)
     return found

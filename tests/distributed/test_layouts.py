@@ -101,7 +101,7 @@ def test_a_router_computes_in_float32_in_a_bf16_model_and_memory_is_planned_so()
     (dtypes, held, unsharded), _ = run_ranks(bf16_shards, 2, EXPERTS, 2)
     assert dtypes == [torch.float32]
     run = SimpleNamespace(model=EXPERTS, parallel=ParallelConfig(), precision="bf16")
-    planned = memory(run, manifest(family(EXPERTS), EXPERTS), Grid(tp=1, cp=1, ep=1, pp=1, world=2))
+    planned = memory(run, manifest(family(EXPERTS), EXPERTS), Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=2))
     assert (planned["master_weights"], planned["working_copy"]) == (held, unsharded)
 
 
@@ -135,9 +135,10 @@ def test_masked_tokens_and_micro_batching_do_not_change_the_mean():
     whole = [global_batch()]
     loss, _, _, _ = step(MODEL, ParallelConfig(), "fp32", single_process())
     entries = manifest(ALL["mistral"], MODEL)
-    model = build_model(MODEL, ParallelConfig(), "fp32", single_process())
-    load_weights(model, entries, RandomWeights(MODEL, entries, seed=3), single_process().tp)
-    assert backward(model, whole, single_process()).item() == pytest.approx(loss, rel=1e-6)
+    chunks = build_model(MODEL, ParallelConfig(), "fp32", single_process())
+    load_weights(chunks, entries, RandomWeights(MODEL, entries, seed=3), single_process())
+    assert backward(chunks, whole, single_process()).item() == pytest.approx(loss, rel=1e-6)
+    (model,) = chunks
     per_token = model(whole[0].tokens, whole[0].labels)
     mean = (per_token * whole[0].loss_mask).sum() / whole[0].loss_mask.sum()
     assert mean.item() == pytest.approx(loss, rel=1e-6)

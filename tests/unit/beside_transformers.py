@@ -100,8 +100,8 @@ def ours(directory: Path, family: str) -> GPTModel:
     """Our model of the checkpoint in `directory`."""
     config = ALL[family].config(read_config(directory))
     source = open_checkpoint(directory, ALL[family], config)
-    model = build_model(config, ParallelConfig(), "fp32", single_process())
-    load_weights(model, manifest(ALL[family], config), source, single_process().tp)
+    (model,) = build_model(config, ParallelConfig(), "fp32", single_process())
+    load_weights([model], manifest(ALL[family], config), source, single_process())
     return model
 
 
@@ -110,7 +110,7 @@ def our_gradients(model: GPTModel) -> dict[str, torch.Tensor]:
     return {
         name: gradient
         for parameter, value in model.named_parameters()
-        for name, gradient in entry_tensors(parameter, value.grad)
+        for name, gradient in entry_tensors(parameter, value.grad, single_process())
     }
 
 

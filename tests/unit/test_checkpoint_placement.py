@@ -9,23 +9,22 @@ from megatron_patch.checkpoint.placement import (
     as_cut,
     check_layout,
     file_slots,
-    layer_ranges,
     padded_vocabulary,
     rank_name,
     ranks,
     spelling_of,
-    stage_layers,
+    stage_ranges,
 )
 
 
 def spread(layers, **layout):
-    return [[list(chunk) for chunk in stage] for stage in layer_ranges(stage_layers(layers, Target(**layout)))]
+    return [[list(chunk) for chunk in stage] for stage in stage_ranges(layers, Target(**layout))]
 
 
 def keys(family, stage, ep_rank, **layout):
     """Names in the files of a stage and expert-parallel rank, by chunk."""
     target = Target(**layout)
-    ranges = layer_ranges(stage_layers(CONFIGS[family].num_layers, target))
+    ranges = stage_ranges(CONFIGS[family].num_layers, target)
     slots = list(file_slots(ENTRIES[family], CONFIGS[family], target, ranges, stage, ep_rank))
     chunks = [[slot.key for slot in slots if slot.chunk == chunk] for chunk in range(target.vp)]
     return [sorted(chunk) for chunk in chunks]
@@ -154,7 +153,7 @@ def test_every_layer_stands_on_one_stage_and_every_expert_on_one_rank_of_it(fami
             check_layout(config, target)
         except ValueError:
             continue
-        ranges = layer_ranges(stage_layers(config.num_layers, target))
+        ranges = stage_ranges(config.num_layers, target)
         found = Counter()
         for _, stage, ep_rank in ranks(target):
             slots = list(file_slots(entries, config, target, ranges, stage, ep_rank))

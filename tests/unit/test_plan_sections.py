@@ -79,14 +79,14 @@ def test_the_schedule_counts_what_training_consumes(tmp_path):
 
 def test_memory_of_one_process_is_what_pytorch_allocates(tmp_path):
     whole = run(tmp_path)
-    model = build_model(whole.model, whole.parallel, "fp32", single_process())
-    optimizer = build_optimizer(whole.optimizer, model)
+    (model,) = build_model(whole.model, whole.parallel, "fp32", single_process())
+    optimizer = build_optimizer(whole.optimizer, [model])
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     held = sum(parameter.nbytes for parameter in model.parameters())
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
-    section = memory(whole, manifest(MISTRAL, whole.model), Grid(tp=1, cp=1, ep=1, pp=1, world=1))
+    section = memory(whole, manifest(MISTRAL, whole.model), Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=1))
     assert section["master_weights"] == section["gradients"] == held
     assert section["optimizer"] == moments
     assert section["working_copy"] == 0
@@ -109,7 +109,7 @@ def test_a_tensor_parallel_rank_holds_equal_parts_and_padded_vocabulary(tmp_path
 def test_only_the_distributed_optimizer_shards_memory(tmp_path, flag, shards):
     whole = run(tmp_path, flag, "--precision", "bf16")
     entries = manifest(MISTRAL, whole.model)
-    section = memory(whole, entries, Grid(tp=1, cp=1, ep=1, pp=1, world=4))
+    section = memory(whole, entries, Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=4))
     rows = [entry.shape for entry in entries]
     elements = sum(-(-shape[0] // shards) * (shape[1] if len(shape) > 1 else 1) for shape in rows)
     assert section["master_weights"] == 4 * elements
@@ -171,7 +171,7 @@ def prepare(tmp_path) -> None:
 
 def test_the_table_shows_every_setting_warning_and_the_command(tmp_path):
     whole = run(tmp_path)
-    sections = describe(whole, MISTRAL, Grid(tp=1, cp=1, ep=1, pp=1, world=1))
+    sections = describe(whole, MISTRAL, Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=1))
     plan = {"arguments": {}, **sections, "command": ["python", "a b"], "warnings": ["mind the step"]}
     text = render(plan)
     for section in sections.values():

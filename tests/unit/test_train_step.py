@@ -25,8 +25,8 @@ RUN = SimpleNamespace(optimizer=OPTIMIZER, parallel=ParallelConfig())
 
 
 def tiny_model():
-    model = build_model(CONFIG, ParallelConfig(), "fp32", MESH)
-    load_weights(model, ENTRIES, RandomWeights(CONFIG, ENTRIES, seed=3), MESH.tp)
+    (model,) = build_model(CONFIG, ParallelConfig(), "fp32", MESH)
+    load_weights([model], ENTRIES, RandomWeights(CONFIG, ENTRIES, seed=3), MESH)
     return model
 
 
@@ -50,16 +50,16 @@ def expected_loss(model, micro_batches):
 
 def test_a_step_reports_the_loss_before_it_and_lowers_it():
     model, data = tiny_model(), batches(0.9, 0.2)
-    optimizer = build_optimizer(OPTIMIZER, model)
+    optimizer = build_optimizer(OPTIMIZER, [model])
     before = expected_loss(model, data)
-    result = train_step(RUN, model, optimizer, ENTRIES, data, MESH)
+    result = train_step(RUN, [model], optimizer, ENTRIES, data, MESH)
     assert result.loss == pytest.approx(before.item(), rel=1e-6) and result.gradient_norm > 0
     assert expected_loss(model, data) < before
 
 
 def test_matrices_decay_and_norms_do_not():
     model = tiny_model()
-    optimizer = build_optimizer(OptimizerConfig(lr=0.1, min_lr=0.0, lr_decay_iters=10, weight_decay=0.5), model)
+    optimizer = build_optimizer(OptimizerConfig(lr=0.1, min_lr=0.0, lr_decay_iters=10, weight_decay=0.5), [model])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -71,24 +71,24 @@ def test_matrices_decay_and_norms_do_not():
 
 def test_validation_weighs_every_token_the_same():
     model, data = tiny_model(), batches(0.9, 0.2, 0.5)
-    assert evaluate(model, [data[:1], data[1:]], MESH) == pytest.approx(expected_loss(model, data).item(), rel=1e-6)
+    assert evaluate([model], [data[:1], data[1:]], MESH) == pytest.approx(expected_loss(model, data).item(), rel=1e-6)
 
 
 def test_validation_without_a_token_is_told():
     with pytest.raises(ValueError, match="no token to predict"):
-        evaluate(tiny_model(), [batches(0.0)], MESH)
+        evaluate([tiny_model()], [batches(0.0)], MESH)
 
 
 def test_a_step_with_nothing_to_learn_has_loss_and_gradient_zero():
     model = tiny_model()
-    result = train_step(RUN, model, build_optimizer(OPTIMIZER, model), ENTRIES, batches(0.0), MESH)
+    result = train_step(RUN, [model], build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.0), MESH)
     assert (result.loss, result.gradient_norm) == (0.0, 0.0)
 
 
 def test_spoiled_weights_end_the_run():
     model = tiny_model()
     torch.nn.init.constant_(model.decoder.final_layernorm.weight, math.nan)
-    result = train_step(RUN, model, build_optimizer(OPTIMIZER, model), ENTRIES, batches(0.9), MESH)
+    result = train_step(RUN, [model], build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.9), MESH)
     with pytest.raises(ValueError, match=r"iteration 7: the loss is nan .* nothing more is saved"):
         check_finite(7, result)
 
