@@ -19,7 +19,6 @@ from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
 from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args, stored_size
 from megatron_patch.checkpoint.placement import (
-    EMBEDDING,
     Rank,
     as_cut,
     current_key,
@@ -30,7 +29,7 @@ from megatron_patch.checkpoint.placement import (
 )
 from megatron_patch.checkpoint.unpickle import read_pt
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.manifest import Entry, check_complete
+from megatron_patch.families.manifest import EMBEDDING, Entry, check_complete
 from megatron_patch.parallel.stages import layer_ranges
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")

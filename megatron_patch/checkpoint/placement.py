@@ -12,10 +12,10 @@ from types import MappingProxyType
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.manifest import Entry
+from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.parallel.stages import layer_ranges, stage_layers
 
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+OUTPUT = "output_layer.weight"
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
 # Behind the layer: Transformer Engine fuses a norm into the linear that follows it, Megatron-Core alone does not.
 _LOCAL_SPELLINGS = (

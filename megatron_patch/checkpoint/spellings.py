@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
-from megatron_patch.checkpoint.placement import EMBEDDING, OUTPUT, as_cut
+from megatron_patch.checkpoint.placement import OUTPUT, as_cut
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.manifest import Entry
+from megatron_patch.families.manifest import EMBEDDING, Entry
 
 ENCODER = "language_model.encoder."
 _FC1, _FC2, _NORM = "linear_fc1.weight", "linear_fc2.weight", "pre_mlp_layernorm.weight"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.family import Family, Rule
 
+EMBEDDING = "embedding.word_embeddings.weight"
 # Buffers that old checkpoints stored and no model needs.
 IGNORED_HF = re.compile(r"\.rotary_emb\.inv_freq$")
 

@@ -2,79 +2,118 @@
 
 import json
 import math
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
+from tqdm import tqdm
+
+from megatron_patch.config.checks import sample_length
 from megatron_patch.config.run import RunConfig
-from megatron_patch.train.step import StepResult
+from megatron_patch.families import ALL
+from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.plan.flops import training_flops
+from megatron_patch.train.device import peak_flops, peak_memory
 
-# Console format of each field, in order; the names are Megatron's.
+# Console format of each field, in order; names and order are Megatron's as far as it has them.
 FORMATS = {
     "consumed samples": "{:12d}",
     "elapsed time per iteration (ms)": "{:.1f}",
+    "throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
+    "MFU": "{:.3f}",
     "tokens per second": "{:.0f}",
+    "tokens per second per device": "{:.0f}",
+    "samples per second": "{:.2f}",
     "learning rate": "{:.6E}",
     "global batch size": "{:5d}",
     "lm loss": "{:.6E}",
+    "load_balancing_loss": "{:.6E}",
+    "z_loss": "{:.6E}",
+    "loss scale": "{:.1f}",
     "grad norm": "{:.3f}",
+    "number of skipped iterations": "{:3d}",
+    "number of nan iterations": "{:3d}",
+    "peak memory (GiB)": "{:.2f}",
 }
+
+Fields: TypeAlias = Mapping[str, float | list[float]]  # a list has one number per layer
 
 
 class Log:
-    """Open for the length of a run. Only the rank with `enabled` writes; the others may call it all the same."""
+    """Open for the length of a run. Only rank 0 writes; the others may call it all the same."""
 
-    def __init__(self, run: RunConfig, *, enabled: bool):
-        self.run, self.enabled = run, enabled
+    def __init__(self, run: RunConfig, mesh: Mesh):
+        self.run, self.mesh, self.enabled = run, mesh, mesh.rank == 0
         self.file = self.events = None
-        if enabled and run.log_file:
-            Path(run.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = Path(run.log_file).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if enabled and run.tensorboard_dir:
+        self.bar = tqdm(total=run.train_iters, unit="it", disable=None if self.enabled else True)  # None: on a terminal
+        self.flops = training_flops(ALL[run.family], run.model, sample_length(run)) * run.global_batch_size
+        if self.enabled:
+            self._open()
+        self.started = time.perf_counter()
+
+    def _open(self) -> None:
+        if self.run.log_file:
+            Path(self.run.log_file).parent.mkdir(parents=True, exist_ok=True)
+            self.file = Path(self.run.log_file).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if self.run.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and one rank needs it
 
-            self.events = SummaryWriter(run.tensorboard_dir)
-        self.started = time.perf_counter()
+            self.events = SummaryWriter(self.run.tensorboard_dir)
+        self.peak, known = peak_flops(self.mesh.device)
+        self.say(f" MFU is a share of {self.peak / 1e12:.4g} TFLOP/s, the {known} peak of one {self.mesh.device.type}")
 
     def before_training(self, validation: float) -> None:
         """The start weights' validation loss, as iteration 0."""
         self._write(0, self._validated(0, validation))
         self.started = time.perf_counter()
 
-    def iteration(self, iteration: int, result: StepResult, rate: float) -> dict[str, float]:
-        """Time and print one finished step; returns its fields for `finish`."""
-        seconds = time.perf_counter() - self.started
-        samples = self.run.global_batch_size
-        fields = {
-            "consumed samples": iteration * samples,
-            "elapsed time per iteration (ms)": seconds * 1e3,
-            "tokens per second": samples * self._sample_length() / seconds,
-            "learning rate": rate,
-            "global batch size": samples,
-            "lm loss": result.loss,
-            "grad norm": result.gradient_norm,
-        }
+    def iteration(self, iteration: int, fields: Fields) -> Fields:
+        """Time and print one finished step, `fields` being what it found; returns all its fields for `finish`."""
+        if not self.enabled:
+            return fields
+        fields = self._pace(iteration) | dict(fields) | {"peak memory (GiB)": peak_memory(self.mesh.device) / 2**30}
         if iteration % self.run.log_interval == 0:
-            shown = " | ".join(f"{name}: {FORMATS[name].format(value)}" for name, value in fields.items())
+            shown = " | ".join(
+                f"{name}: {form.format(fields[name])}" for name, form in FORMATS.items() if name in fields
+            )
             self.say(f" iteration {iteration:8d}/{self.run.train_iters:8d} | {shown} |")
         return fields
 
-    def finish(self, iteration: int, fields: dict[str, float], validation: float | None) -> None:
+    def finish(self, iteration: int, fields: Fields, validation: float | None) -> None:
         """Write the iteration's line once its validation loss, if one is due, is known; the next step starts now."""
         if validation is not None:
-            fields = fields | self._validated(iteration, validation)
+            fields = dict(fields) | self._validated(iteration, validation)
         self._write(iteration, fields)
+        self.bar.update()
         self.started = time.perf_counter()
 
     def say(self, text: str) -> None:
         """One line on the console of the one rank that speaks."""
         if self.enabled:
-            print(text, flush=True)
+            with self.bar.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
 
     def close(self) -> None:
         """Flush and release the files."""
-        for sink in (self.file, self.events):
-            if sink:
+        for sink in (self.file, self.events, self.bar):
+            if sink is not None:
                 sink.close()
+
+    def _pace(self, iteration: int) -> dict[str, float]:
+        seconds, samples = time.perf_counter() - self.started, self.run.global_batch_size
+        tokens, ranks = samples * sample_length(self.run), self.mesh.grid.world
+        return {
+            "consumed samples": iteration * samples,
+            "elapsed time per iteration (ms)": seconds * 1e3,
+            "throughput per GPU (TFLOP/s/GPU)": self.flops / seconds / ranks / 1e12,
+            "MFU": self.flops / seconds / ranks / self.peak,
+            "tokens per second": tokens / seconds,
+            "tokens per second per device": tokens / seconds / ranks,
+            "samples per second": samples / seconds,
+            "global batch size": samples,
+        }
 
     def _validated(self, iteration: int, loss: float) -> dict[str, float]:
         perplexity = math.exp(min(loss, 20.0))  # Megatron's cap: an untrained model would overflow
@@ -83,13 +122,10 @@ class Log:
         )
         return {"validation lm loss": loss, "validation lm loss PPL": perplexity}
 
-    def _write(self, iteration: int, fields: dict[str, float]) -> None:
+    def _write(self, iteration: int, fields: Fields) -> None:
         if self.file:
             print(json.dumps({"iteration": iteration, **fields}), file=self.file)
         if self.events:
             for name, value in fields.items():
-                self.events.add_scalar(name, value, iteration)
-
-    def _sample_length(self) -> int:
-        data = self.run.data
-        return data.max_padding_length if data.dataset == "JSON-SFT" else data.seq_length
+                for layer, number in enumerate(value if isinstance(value, list) else [value]):
+                    self.events.add_scalar(f"{name}/{layer}" if isinstance(value, list) else name, number, iteration)

@@ -29,7 +29,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     source = _start_weights(run, entries)
     load_weights(chunks, entries, source, mesh)
     optimizer = build_optimizer(run.optimizer, chunks)
-    log = Log(run, enabled=mesh.rank == 0)  # opens files: not before everything that can be refused was read
+    log = Log(run, mesh)  # opens files: not before everything that can be refused was read
     origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
     log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
 
@@ -39,7 +39,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
             rate = learning_rate(run.optimizer, iteration - 1)
             set_learning_rate(optimizer, rate)
             result = train_step(run, chunks, optimizer, entries, micro_batches, mesh)
-            fields = log.iteration(iteration, result, rate)
+            fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
             check_finite(iteration, result)
             is_validated = _due(run, iteration, run.eval_interval)
             log.finish(iteration, fields, evaluate(chunks, validation, mesh) if is_validated else None)

@@ -10,7 +10,6 @@ from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.mesh import Axis, Mesh
 
 GROUPED, ONE = ".mlp.experts.", ".mlp.experts.local_experts.{}."
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def named_parameters(chunks: Iterable[GPTModel]) -> dict[str, nn.Parameter]:

@@ -24,6 +24,10 @@ class StepResult:
     loss: float
     gradient_norm: float
 
+    def fields(self) -> dict[str, float]:
+        """What the log shows of it, by Megatron's names."""
+        return {"lm loss": self.loss, "grad norm": self.gradient_norm}
+
 
 def train_step(
     run: RunConfig,
