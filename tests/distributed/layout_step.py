@@ -1,105 +1,232 @@
-"""A tiny model, a global batch, and one optimizer step on any layout: what the layout tests run on their ranks."""
+"""A training step on any layout, and what it differs by from the same step in one process: the layout tests' yardstick.
+
+check_as_one_process(Trial("mixtral", ParallelConfig(expert_model_parallel_size=2), world=4))
+check_as_one_process(Trial("mistral", ParallelConfig(pipeline_model_parallel_size=2), world=2, steps=3,
+                           dtype=torch.float64))
+"""
 
 import dataclasses
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from megatron_patch.checkpoint.layouts import join, same_bits
+from megatron_patch.config.checkpoint import CheckpointConfig
+from megatron_patch.config.data import DataConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
-from megatron_patch.data.batches import Batch
+from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
-from megatron_patch.families.family import Family
-from megatron_patch.families.manifest import manifest
+from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import build_model
-from megatron_patch.model.router import TopKRouter
-from megatron_patch.parallel.grid import resolve_grid
-from megatron_patch.parallel.mesh import Mesh, build_mesh
+from megatron_patch.model.decoder import GPTModel
+from megatron_patch.parallel.grid import Grid, resolve_grid
+from megatron_patch.parallel.mesh import Mesh, build_mesh, single_process
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
 from megatron_patch.train.parameters import entry_tensors, named_parameters
-from megatron_patch.train.save import tensor_parallel_weights
 from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
+from ranks import run_ranks
+from tiny_models import LENGTH, MICRO_BATCH, MODELS, SAMPLES, micro_batches
 
-# vocab_size is odd: a tensor-parallel rank holds a padding row. Sequences are longer than the window.
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=12,
-    vocab_size=61,
-    max_position_embeddings=64,
-    window_size=7,
-    init_method_std=0.2,
-)
-TIED = dataclasses.replace(MODEL, share_embeddings_and_output_weights=True)
-# Latent attention, a dense layer, then three experts: two ranks cannot share them equally.
-EXPERTS = dataclasses.replace(
-    MODEL,
-    rotary_interleaved=True,
-    num_moe_experts=3,
-    moe_router_topk=2,
-    moe_ffn_hidden_size=24,
-    moe_first_dense_layers=1,
-    moe_shared_expert_intermediate_size=16,
-    moe_router_pre_softmax=True,
-    q_lora_rank=12,
-    kv_lora_rank=20,
-    qk_head_dim=8,
-    qk_pos_emb_head_dim=4,
-    v_head_dim=12,
-)
-SAMPLES, LENGTH, MICRO_BATCH = 8, 16, 2
+ALONE, EMBEDDING = ParallelConfig(), "embedding.word_embeddings.weight"
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-def global_batch() -> Batch:
-    """Samples with different numbers of unmasked tokens, so that averaging per rank or micro-batch would be wrong."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, MODEL.vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
-    mask = torch.rand(SAMPLES, LENGTH, generator=generator) < torch.linspace(0.1, 1.0, SAMPLES)[:, None]
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask.float())
+@dataclass(frozen=True)
+class Trial:
+    """A model of MODELS on a layout: `steps` optimizer steps, then the gradients of one more.
+
+    `model` replaces the one of that name, e.g. with more layers. `dtype` is float64 where parameters are compared
+    after steps: AdamW turns a gradient's float32 noise of 1e-7 into 3e-3.
+    """
+
+    name: str
+    parallel: ParallelConfig = ALONE
+    world: int = 1
+    steps: int = 0
+    dtype: torch.dtype = torch.float32
+    precision: str = "fp32"
+    model: ModelConfig | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.model or MODELS[self.name]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The model's manifest."""
+        return manifest(ALL[self.name.split()[0]], self.config)
+
+    @property
+    def grid(self) -> Grid:
+        """Where each rank stands."""
+        return resolve_grid(self.parallel, self.world)
+
+    @property
+    def alone(self) -> "Trial":
+        """The same in one process."""
+        return dataclasses.replace(self, parallel=ALONE, world=1)
 
 
-def micro_batches(rank: int, size: int) -> list[Batch]:
-    """This data-parallel rank's share of the global batch, in Megatron's order."""
-    whole = global_batch()
-    starts = range(rank * MICRO_BATCH, SAMPLES, MICRO_BATCH * size)
-    return [Batch(*(t[s : s + MICRO_BATCH] for t in (whole.tokens, whole.labels, whole.loss_mask))) for s in starts]
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank found; `gradients` (before clipping) and `weights` hold its tensor-parallel pieces by entry."""
+
+    loss: float
+    validation: float
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
 
 
-def family(config: ModelConfig) -> Family:
-    """One whose weights are those of `config`."""
-    return ALL["deepseek_v2" if config.is_mla else "mistral"]
+@dataclass(frozen=True)
+class Errors:
+    """Differences from one process: relative, of a tensor to its largest value; weights absolute."""
+
+    loss: float
+    validation: float
+    norm: float
+    gradient: float
+    gradient_of: str
+    weight: float
+    weight_of: str
 
 
-def step(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh, steps: int = 0, dtype=torch.float32):
-    """After `steps` optimizer steps: loss, gradient norm and this rank's gradients of one accumulation; parameters."""
-    torch.set_default_dtype(dtype)
-    entries = manifest(family(config), config)
-    chunks = build_model(config, parallel, precision, mesh)
-    load_weights(chunks, entries, RandomWeights(config, entries, seed=3), mesh)
-    settings = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10, clip_grad=0.5)
-    run, optimizer = SimpleNamespace(optimizer=settings, parallel=parallel), build_optimizer(settings, chunks)
+def check_as_one_process(trial: Trial) -> Errors:
+    """Assert that a layout has one process's loss, gradients and parameters, and that its replicas are identical."""
+    errors, limit = errors_on(trial), LIMITS[trial.dtype]
+    for name in ("loss", "validation", "norm", "gradient"):
+        assert getattr(errors, name) <= limit, f"{name} differs from one process by more than {limit}: {errors}"
+    if trial.steps:
+        assert errors.weight <= limit, f"parameters differ from one process by more than {limit}: {errors}"
+    return errors
+
+
+def errors_on(trial: Trial) -> Errors:
+    """Run `trial` on its ranks and in this process. Asserts that replicas are identical bit for bit."""
+    outcomes = run_ranks(outcome_on_rank, trial.world, trial)
+    return compare(trial, outcomes, one_process(trial.alone))
+
+
+def compare(trial: Trial, outcomes: list[Outcome], alone: Outcome) -> Errors:
+    """How far the ranks' `outcomes` are from `alone`. Asserts that replicas are identical bit for bit."""
+    gradients = joined(trial, [outcome.gradients for outcome in outcomes])
+    weights = joined(trial, [outcome.weights for outcome in outcomes])
+    gradient, gradient_of = _worst(gradients, alone.gradients, relative=True)
+    weight, weight_of = _worst(weights, alone.weights, relative=False)
+    scalars = {
+        name: max(abs(getattr(o, name) / getattr(alone, name) - 1) for o in outcomes)
+        for name in ("loss", "validation", "norm")
+    }
+    return Errors(**scalars, gradient=gradient, gradient_of=gradient_of, weight=weight, weight_of=weight_of)
+
+
+def joined(trial: Trial, pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors by entry, of every rank's pieces. Asserts that each is held where it must be, replicas equal."""
+    return {entry.mcore: _join_entry(trial, entry, pieces) for entry in trial.entries}
+
+
+def _join_entry(trial: Trial, entry: Entry, pieces: list[dict[str, Tensor]]) -> Tensor:
+    grid, axis = trial.grid, "tp" if entry.expert is None else "etp"
+    size, shards, holders = getattr(grid, axis), {}, 0
+    for rank, held in enumerate(pieces):
+        if entry.mcore in held:
+            place, holders = grid.coordinate(rank, axis), holders + 1
+            first = shards.setdefault(place, held[entry.mcore])
+            assert same_bits(held[entry.mcore], first), f"{entry.mcore}: rank {rank} and its replica differ"
+    is_at_both_ends = entry.mcore == EMBEDDING and trial.config.share_embeddings_and_output_weights and grid.pp > 1
+    stages = 2 if is_at_both_ends else 1
+    wanted = stages * trial.world // grid.pp // (1 if entry.expert is None else grid.ep)
+    assert holders == wanted, f"{entry.mcore} is held by {holders} ranks, not {wanted}"
+    return join(entry, [shards[place] for place in range(size)])
+
+
+def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor], *, relative: bool) -> tuple[float, str]:
+    def error(name: str) -> float:
+        difference = (found[name] - wanted[name]).abs().max().item()
+        scale = wanted[name].abs().max().item() if relative else 1.0
+        return difference / scale if scale else float(difference > 0)
+
+    return max((error(name), name) for name in wanted)
+
+
+@lru_cache(maxsize=32)
+def one_process(trial: Trial) -> Outcome:
+    """The outcome of `trial` in this process."""
+    torch.set_num_threads(1)
+    try:
+        return outcome(trial, single_process())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def outcome_on_rank(trial: Trial) -> Outcome:
+    """What `run_ranks` runs."""
+    return outcome(trial, mesh_of(trial.parallel, trial.world))
+
+
+def outcome(trial: Trial, mesh: Mesh) -> Outcome:
+    """Validate, train `steps` steps, and find the gradients of the next, at this rank's place."""
+    torch.set_default_dtype(trial.dtype)
+    run, entries, chunks = run_config(trial), trial.entries, start(trial, mesh)
+    optimizer = build_optimizer(run.optimizer, chunks)
     batches = micro_batches(mesh.dp.rank, mesh.dp.size)
-    for _ in range(steps):
+    validation = evaluate(chunks, [batches], mesh)
+    for _ in range(trial.steps):
         train_step(run, chunks, optimizer, entries, batches, mesh)
     optimizer.zero_grad()
     loss = backward(chunks, batches, mesh)
     finish_gradients(chunks, entries, mesh)
-    gradients = {
-        entry: gradient
-        for name, parameter in named_parameters(chunks).items()
-        for entry, gradient in entry_tensors(name, _whole(parameter.grad), mesh)
-    }
-    norm = clip_gradients(chunks, entries, mesh, limit=settings.clip_grad, sharded=parallel.use_distributed_optimizer)
-    return loss.item(), norm.item(), gradients, tensor_parallel_weights(chunks, mesh, dtype, keep=True)
+    gradients = pieces_of(chunks, mesh, lambda parameter: parameter.grad)
+    limit, sharded = run.optimizer.clip_grad, trial.parallel.use_distributed_optimizer
+    norm = clip_gradients(chunks, entries, mesh, limit=limit, sharded=sharded)
+    weights = pieces_of(chunks, mesh, lambda parameter: parameter.data)
+    return Outcome(float(loss), float(validation), float(norm), gradients, weights)
 
 
-def _whole(gradient: torch.Tensor) -> torch.Tensor:
-    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+def start(trial: Trial, mesh: Mesh) -> list[GPTModel]:
+    """This rank's chunks with the weights that every layout starts from."""
+    chunks = build_model(trial.config, trial.parallel, trial.precision, mesh)
+    load_weights(chunks, trial.entries, RandomWeights(trial.config, trial.entries, seed=3), mesh)
+    return chunks
+
+
+def pieces_of(chunks: list[GPTModel], mesh: Mesh, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """`of` each parameter by manifest entry, whole over data-parallel ranks, which must all take part."""
+    pieces = {}
+    for name, parameter in named_parameters(chunks).items():
+        tensor = of(parameter)
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        pieces |= {entry: piece.detach().clone() for entry, piece in entry_tensors(name, whole, mesh)}
+    return pieces
+
+
+def run_config(trial: Trial) -> RunConfig:
+    """The run that `trial` is, as the trainer's step reads it. Its files are never opened."""
+    return RunConfig(
+        model=trial.config,
+        parallel=trial.parallel,
+        data=DataConfig(
+            train_data_path=("none",),
+            valid_data_path=("none",),
+            seq_length=LENGTH,
+            max_padding_length=LENGTH,
+            tokenizer_model="none",
+        ),
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10, clip_grad=0.5),
+        checkpoint=CheckpointConfig(save="none", save_interval=1),
+        family=trial.name.split()[0],
+        train_iters=10,
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=SAMPLES,
+        precision=trial.precision,
+    )
 
 
 def mesh_of(parallel: ParallelConfig, world: int) -> Mesh:
@@ -111,52 +238,3 @@ def mesh_of(parallel: ParallelConfig, world: int) -> Mesh:
         sequence_parallel=parallel.sequence_parallel,
         timeout_minutes=1.0,
     )
-
-
-def on_ranks(config: ModelConfig, parallel: ParallelConfig, world: int, precision: str, steps: int, dtype: torch.dtype):
-    """What `run_ranks` runs."""
-    mesh = mesh_of(parallel, world)
-    return step(config, parallel, precision, mesh, steps, dtype)
-
-
-def bf16_shards(config: ModelConfig, world: int) -> tuple[list[torch.dtype], int, int]:
-    """In a model that computes in bfloat16: the type of each router's weight as its forward sees it, the bytes of this
-    rank's shards, and of all parameters as its forward sees them, padded to equal shards."""
-    mesh = mesh_of(ParallelConfig(), world)
-    chunks = build_model(config, ParallelConfig(), "bf16", mesh)
-    entries = manifest(family(config), config)
-    load_weights(chunks, entries, RandomWeights(config, entries, seed=3), mesh)
-    (model,), seen = chunks, []
-    for module in model.modules():
-        if isinstance(module, TopKRouter):
-            module.register_forward_pre_hook(lambda router, _: seen.append(router.weight.dtype))
-    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
-    model(micro_batches(mesh.dp.rank, mesh.dp.size)[0].tokens)
-    whole = [(len(p), p.nbytes) for p in model.parameters()]  # since reshard_after_forward is off
-    return seen, held, sum(size // rows * -(-rows // world) * world for rows, size in whole)
-
-
-def validation(parallel: ParallelConfig, mesh) -> float:
-    """The validation loss of the global batch, which its ranks share unequally in unmasked tokens."""
-    entries = manifest(family(MODEL), MODEL)
-    chunks = build_model(MODEL, parallel, "fp32", mesh)
-    load_weights(chunks, entries, RandomWeights(MODEL, entries, seed=3), mesh)
-    return evaluate(chunks, [micro_batches(mesh.dp.rank, mesh.dp.size)], mesh)
-
-
-def validation_on_ranks(parallel: ParallelConfig, world: int) -> float:
-    """What `run_ranks` runs."""
-    return validation(parallel, mesh_of(parallel, world))
-
-
-def rotary_dtypes_on_ranks(precision: str) -> set[torch.dtype]:
-    """The types in which attention receives its rotary tables."""
-    mesh = mesh_of(ParallelConfig(), 1)
-    entries, found = manifest(family(MODEL), MODEL), set()
-    chunks = build_model(MODEL, ParallelConfig(), precision, mesh)
-    load_weights(chunks, entries, RandomWeights(MODEL, entries, seed=3), mesh)
-    (model,) = chunks
-    for layer in model.decoder.layers.values():
-        layer.self_attention.register_forward_pre_hook(lambda _, given: found.update(t.dtype for t in given[1]))
-    model(global_batch().tokens)
-    return found

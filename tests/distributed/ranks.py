@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
-PRELOADED = ["torch._dynamo", "torch._inductor.config", "layout_step"]  # what a rank would import, once for all
+PRELOADED = ["torch._dynamo", "torch._inductor.config", "rank_probes"]  # what a rank would import, once for all
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
