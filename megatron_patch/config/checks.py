@@ -119,6 +119,13 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         f"tensor_model_parallel_size {tp} × pipeline_model_parallel_size {pp} × context_parallel_size {cp} = {ranks} "
         f"does not divide {world} ranks",
     )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    of_experts = (tp if etp is None else etp) * ep * pp
+    yield (
+        ep == 1 or rest != 0 or world % of_experts == 0,
+        f"expert_model_parallel_size {ep} with pipeline_model_parallel_size {pp} and experts cut over "
+        f"{tp if etp is None else etp} tensor-parallel ranks takes multiples of {of_experts} ranks, not {world}",
+    )
     yield (
         rest != 0 or run.global_batch_size % (run.micro_batch_size * dp) == 0,
         f"global_batch_size {run.global_batch_size} is not a multiple of micro_batch_size {run.micro_batch_size} × "

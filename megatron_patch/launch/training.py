@@ -89,6 +89,8 @@ def run_config(request: Request, resolved: Resolved) -> RunConfig:
             pipeline_model_parallel_size=v["PP"],
             context_parallel_size=v["CP"],
             expert_model_parallel_size=v["EP"],
+            num_layers_per_virtual_pipeline_stage=(v["MP_VP"] or None) if v["PP"] > 1 else None,
+            decoder_first_pipeline_num_layers=(v["MP_PP0_LAYERS"] or None) if v["PP"] > 1 else None,
             sequence_parallel=v["SP"] and v["TP"] > 1,
             use_distributed_optimizer=v["DO"],
         ),
@@ -203,7 +205,8 @@ def _without_effect(request: Request) -> list[str]:
     rules = (
         (v["SP"] and v["TP"] == 1, "SP (argument 14) is true: no effect without tensor parallelism (TP is 1)"),
         (v["MP_AC_LAYERS"] > 0, "MP_AC_LAYERS has no effect: no activations are recomputed or offloaded (AC is none)"),
-        (v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
+        (v["PP"] == 1 and v["MP_VP"] > 0, "MP_VP has no effect without pipeline parallelism (PP is 1)"),
+        (v["PP"] == 1 and v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
         (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),
         (is_raw and pad != length, f"SEQ_LEN (argument 7) is {length}: raw records are PAD_LEN = {pad} tokens long"),
     )

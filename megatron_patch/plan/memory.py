@@ -1,8 +1,11 @@
 """What one device must hold for weights and optimizer, exactly, from the manifest."""
 
+from collections.abc import Iterator
+
 from megatron_patch.config.run import RunConfig
-from megatron_patch.families.manifest import Entry
+from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.parallel.grid import Grid
+from megatron_patch.parallel.stages import resolve_stages
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4
@@ -11,31 +14,53 @@ ROUTER = ".mlp.router.weight"
 
 
 def memory(run: RunConfig, entries: list[Entry], grid: Grid) -> dict[str, int | None]:
-    """Bytes per device, by part. `activations`, with gradients still being accumulated, are not known here: None.
+    """Bytes per device, by part, of the pipeline stage that holds most. `activations`, with gradients still being
+    accumulated, are not known here: None.
 
     Master weights, gradients and both moments are float32, sharded over data-parallel ranks by rows (the last shard
     padded) with the distributed optimizer. The working copy is what the layers compute with; one process that
     computes in float32 uses the master weights themselves. Experts are sharded whole, as rows; routers compute in
     float32.
     """
-    shards = grid.dp if run.parallel.use_distributed_optimizer else 1
+    stages = resolve_stages(run.model.num_layers, run.parallel)
+    of_stages = [_stage_memory(run, _entries_of(entries, run, stages, stage), grid) for stage in range(len(stages))]
+    parts = max(of_stages, key=lambda parts: sum(parts.values()))
+    return {**parts, "known": sum(parts.values()), "activations": None}
+
+
+def _entries_of(entries: list[Entry], run: RunConfig, stages: list[list[range]], stage: int) -> Iterator[Entry]:
+    """What `stage` holds; of tied embeddings both ends of the pipeline have their own."""
+    is_first, is_last = stage == 0, stage == len(stages) - 1
+    is_tied = run.model.share_embeddings_and_output_weights
+    for entry in entries:
+        if entry.layer is not None:
+            is_here = any(entry.layer in chunk for chunk in stages[stage])
+        else:
+            is_here = is_first or (is_last and is_tied) if entry.mcore == EMBEDDING else is_last
+        if is_here:
+            yield entry
+
+
+def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid) -> dict[str, int]:
     held = copied = 0
     for entry in entries:
         if entry.expert:
             continue  # in the parameter that the first expert opens
-        shape = local_shape(entry, grid.tp)
-        shape = shape if entry.expert is None else (run.model.num_moe_experts, *shape)
+        is_expert = entry.expert is not None
+        shape = local_shape(entry, grid.etp if is_expert else grid.tp)
+        shape = (run.model.num_moe_experts // grid.ep, *shape) if is_expert else shape
+        replicas = grid.edp if is_expert else grid.dp_cp
+        shards = replicas if run.parallel.use_distributed_optimizer else 1
         elements = _shard_elements(shape, shards)
         held += elements
         copied += elements * shards * (FP32 if entry.mcore.endswith(ROUTER) else BYTES[run.precision])
-    has_copy = grid.dp > 1 or run.precision != "fp32"
-    parts = {
+    has_copy = grid.dp_cp > 1 or grid.edp > 1 or run.precision != "fp32"
+    return {
         "master_weights": held * FP32,
         "working_copy": copied if has_copy else 0,
         "gradients": held * FP32,
         "optimizer": held * FP32 * ADAM_MOMENTS,
     }
-    return {**parts, "known": sum(parts.values()), "activations": None}
 
 
 def local_shape(entry: Entry, tp: int) -> tuple[int, ...]:
