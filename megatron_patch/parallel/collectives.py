@@ -34,6 +34,26 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)
 
 
+def cut_rows(x: Tensor, axis: Axis) -> Tensor:
+    """[R, …], the same on every rank → this rank's rows of it, the last ranks fewer or none; the gradient is joined."""
+    return x if axis.size == 1 else _CutRows.apply(x, axis)
+
+
+def join_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
+    """Each rank's rows, as `cut_rows` cuts `rows` → all of them [rows, …]; the gradient is cut."""
+    return x if axis.size == 1 else _JoinRows.apply(x, axis, rows)
+
+
+def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    """`sent[i]` rows of x go to rank i, in order → `received[i]` rows from rank i, in order. The gradient goes back."""
+    return x if axis.size == 1 else _ExchangeRows.apply(x, axis, sent, received)
+
+
+def exchange(x: Tensor, axis: Axis) -> Tensor:
+    """x [n, …]: row i goes to rank i → row i is from rank i; no gradient."""
+    return x if axis.size == 1 else _exchange_rows(x, axis, None, None)
+
+
 def sum_(x: Tensor, axis: Axis) -> Tensor:
     """Sum over `axis` in place; no gradient."""
     if axis.size > 1:
@@ -59,6 +79,23 @@ def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
         raise ValueError(f"a sequence of {x.shape[0]} tokens cannot be cut into {axis.size} equal slices")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     _REDUCE_SCATTER(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _slice_of_rank(rows: int, axis: Axis) -> slice:
+    height = -(-rows // axis.size)
+    return slice(axis.rank * height, (axis.rank + 1) * height)
+
+
+def _join_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
+    height = -(-rows // axis.size)
+    padded = x if len(x) == height else torch.cat([x, x.new_zeros(height - len(x), *x.shape[1:])])
+    return _gather(padded, axis)[:rows]
+
+
+def _exchange_rows(x: Tensor, axis: Axis, sent: list[int] | None, received: list[int] | None) -> Tensor:
+    out = torch.empty_like(x) if received is None else x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
     return out
 
 
@@ -103,3 +140,36 @@ class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _gather(grad, ctx.axis), None
+
+
+class _CutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis, ctx.rows = axis, len(x)
+        return x[_slice_of_rank(len(x), axis)].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _join_rows(grad, ctx.axis, ctx.rows), None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis, rows):
+        ctx.axis = axis
+        return _join_rows(x, axis, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[_slice_of_rank(len(grad), ctx.axis)], None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis, sent, received):
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return _exchange_rows(x, axis, sent, received)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange_rows(grad, ctx.axis, ctx.received, ctx.sent), None, None, None
