@@ -158,11 +158,10 @@ def _attention(model: ModelConfig) -> Iterator[Rule]:
 
 def _experts(run: RunConfig) -> Iterator[Rule]:
     model, tp = run.model, run.parallel.tensor_model_parallel_size
-    whole = [name for name, has in (("experts", model.num_moe_experts), ("latent attention", model.is_mla)) if has]
     yield (
-        tp == 1 or not whole,
-        f"tensor_model_parallel_size {tp}: {' and '.join(whole)} cannot be cut over tensor-parallel ranks yet; use 1, "
-        "and more data-parallel ranks",
+        tp == 1 or not model.num_moe_experts,
+        f"tensor_model_parallel_size {tp}: experts cannot be cut over tensor-parallel ranks yet; use 1, and more "
+        "data-parallel ranks",
     )
     yield (
         model.moe_shared_expert_intermediate_size > 0 or not (model.num_moe_experts and model.moe_shared_expert_gate),

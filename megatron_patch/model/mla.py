@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are expanded from a small shared latent.
 
-Shapes: S sequence, B batch, H hidden, N heads; a query and a key head hold C channels without position and then P
-rotated ones, a value head V channels.
+Shapes: S sequence, B batch, H hidden, N heads of this rank; a query and a key head hold C channels without position and
+then P rotated ones, a value head V channels. Tensor-parallel ranks cut the heads; each holds the down projections whole,
+and under sequence parallelism runs them on its own tokens.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.attention import core_attention
-from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear
+from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear, enter
 from megatron_patch.model.rope import rotate, softmax_temperature
 from megatron_patch.parallel.mesh import Mesh
 
@@ -20,29 +21,27 @@ class MLASelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        tp = mesh.tp
-        assert tp.size == 1, "latent attention is not distributed over tensor-parallel ranks"
+        self.tp, self.sequence_parallel = mesh.tp, mesh.sequence_parallel
+        cut = {"tp": mesh.tp, "sequence_parallel": mesh.sequence_parallel}
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.plain, self.turned, self.value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
         self.latent, self.interleaved, self.window = config.kv_lora_rank, config.rotary_interleaved, config.window_size
         self.scale = softmax_temperature(config) / (self.plain + self.turned) ** 0.5
         query = heads * (self.plain + self.turned)
         if config.q_lora_rank is None:
-            self.linear_q_proj = ColumnLinear(hidden, query, tp, sequence_parallel=False)
+            self.linear_q_proj = ColumnLinear(hidden, query, **cut)
         else:
             self.linear_q_down_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.linear_q_up_proj = LayerNormColumnLinear(
-                config.q_lora_rank, query, config.norm_epsilon, tp, sequence_parallel=False
-            )
+            self.linear_q_up_proj = LayerNormColumnLinear(config.q_lora_rank, query, config.norm_epsilon, **cut)
         self.is_query_compressed = config.q_lora_rank is not None
         self.linear_kv_down_proj = nn.Linear(hidden, self.latent + self.turned, bias=False)
         self.linear_kv_up_proj = LayerNormColumnLinear(
-            self.latent, heads * (self.plain + self.value), config.norm_epsilon, tp, sequence_parallel=False
+            self.latent, heads * (self.plain + self.value), config.norm_epsilon, **cut
         )
-        self.linear_proj = RowLinear(heads * self.value, hidden, tp, sequence_parallel=False)
+        self.linear_proj = RowLinear(heads * self.value, hidden, **cut)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x [S, B, H], normalised → the same shape."""
+        """x [S or S/tp, B, H], normalised → the same shape."""
         q = self.linear_q_up_proj(self.linear_q_down_proj(x)) if self.is_query_compressed else self.linear_q_proj(x)
         q_SBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
         k_SBND, v_SBND = self._expand(self.linear_kv_down_proj(x), rotary)
@@ -58,5 +57,6 @@ class MLASelfAttention(nn.Module):
         latent, k_SBP = compressed.split([self.latent, self.turned], dim=-1)
         kv_SBND = self.linear_kv_up_proj(latent).unflatten(-1, (-1, self.plain + self.value))
         k_SBNC, v_SBNV = kv_SBND.split([self.plain, self.value], dim=-1)
+        k_SBP = enter(k_SBP, self.tp, self.sequence_parallel)  # the heads of all ranks share them
         k_SBNP = rotate(k_SBP, rotary, self.interleaved).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
         return torch.cat([k_SBNC, k_SBNP], dim=-1), F.pad(v_SBNV, (0, max(self.plain + self.turned - self.value, 0)))

@@ -59,7 +59,6 @@ def test_a_run_that_fits_has_no_problem():
         (f"{STRETCHED} yarn --rotary-scaling-factor 0", 1, "rotary_scaling_factor 0.0 must be more than 0"),
         (f"{LATENT} --qk-pos-emb-head-dim 7", 1, "qk_pos_emb_head_dim 7 must be even"),
         (f"{LATENT} --v-head-dim 0", 1, "v_head_dim 0 must be at least 1"),
-        (f"{LATENT} --tensor-model-parallel-size 2", 2, "latent attention cannot be cut over tensor-parallel ranks"),
         (f"{EXPERTS} --tensor-model-parallel-size 2", 2, "experts cannot be cut over tensor-parallel ranks yet; use 1"),
         (f"{EXPERTS} --moe-router-topk 0", 1, "moe_router_topk 0 must be at least 1"),
         (f"{EXPERTS} --moe-router-topk 9", 1, "moe_router_topk 9 is more than the 8 experts"),
