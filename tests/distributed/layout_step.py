@@ -55,6 +55,7 @@ class Trial:
     dtype: torch.dtype = torch.float32
     precision: str = "fp32"
     model: ModelConfig | None = None
+    is_packed: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -190,7 +191,7 @@ def looped_mm(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
 def _outcome(trial: Trial, mesh: Mesh) -> Outcome:
     run, entries, chunks = run_config(trial), trial.entries, start(trial, mesh)
     optimizer = build_optimizer(run.optimizer, chunks)
-    batches = micro_batches(mesh.dp.rank, mesh.dp.size)
+    batches = micro_batches(mesh.dp.rank, mesh.dp.size, is_packed=trial.is_packed)
     validation = evaluate(chunks, [batches], mesh)
     for _ in range(trial.steps):
         train_step(run, chunks, optimizer, entries, batches, mesh)

@@ -86,16 +86,32 @@ MODELS = {
 SAMPLES, LENGTH, MICRO_BATCH = 16, 16, 2
 
 
-def global_batch() -> Batch:
-    """Samples with different numbers of unmasked tokens, so that averaging per rank or micro-batch would be wrong."""
+def global_batch(*, is_packed: bool = False) -> Batch:
+    """Samples with different numbers of unmasked tokens, so that averaging per rank or micro-batch would be wrong.
+
+    Packed samples hold one to four documents, of different lengths in each.
+    """
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, MISTRAL.vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
     mask = torch.rand(SAMPLES, LENGTH, generator=generator) < torch.linspace(0.1, 1.0, SAMPLES)[:, None]
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask.float())
+    starts = (_starts(generator),) if is_packed else ()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask.float(), *starts)
 
 
-def micro_batches(rank: int, size: int) -> list[Batch]:
+def _starts(generator: torch.Generator) -> torch.Tensor:
+    """Index of the first token of each token's own document, int64 [SAMPLES, LENGTH]."""
+    starts = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+    for sample in range(SAMPLES):
+        firsts = torch.randperm(LENGTH, generator=generator)[: sample % 4]
+        starts[sample, firsts] = firsts
+    return starts.cummax(1).values
+
+
+def micro_batches(rank: int, size: int, *, is_packed: bool = False) -> list[Batch]:
     """This data-parallel rank's share of the global batch, in Megatron's order."""
-    whole = global_batch()
+    fields = vars(global_batch(is_packed=is_packed))
     begins = range(rank * MICRO_BATCH, SAMPLES, MICRO_BATCH * size)
-    return [Batch(*(t[b : b + MICRO_BATCH] for t in (whole.tokens, whole.labels, whole.loss_mask))) for b in begins]
+    return [
+        Batch(**{name: None if t is None else t[begin : begin + MICRO_BATCH] for name, t in fields.items()})
+        for begin in begins
+    ]
