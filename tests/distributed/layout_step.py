@@ -7,18 +7,16 @@ check_as_one_process(Trial("mistral", ParallelConfig(pipeline_model_parallel_siz
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_patch.checkpoint.layouts import join, same_bits
 from megatron_patch.config.checkpoint import CheckpointConfig
 from megatron_patch.config.data import DataConfig
+from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
@@ -31,12 +29,15 @@ from megatron_patch.parallel.grid import Grid, resolve_grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh, single_process
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
 from megatron_patch.train.parameters import entry_tensors, named_parameters
+from megatron_patch.train.passes import build_passes
+from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
 from ranks import run_ranks
 from tiny_models import LENGTH, MICRO_BATCH, MODELS, SAMPLES, micro_batches
 
-ALONE, EMBEDDING = ParallelConfig(), "embedding.word_embeddings.weight"
+ALONE, AMPLE = ParallelConfig(), MemoryConfig()
+EMBEDDING = "embedding.word_embeddings.weight"
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
@@ -56,6 +57,7 @@ class Trial:
     precision: str = "fp32"
     model: ModelConfig | None = None
     is_packed: bool = False
+    memory: MemoryConfig = AMPLE
 
     @property
     def config(self) -> ModelConfig:
@@ -178,25 +180,15 @@ def outcome_on_rank(trial: Trial) -> Outcome:
 def outcome(trial: Trial, mesh: Mesh) -> Outcome:
     """Validate, train `steps` steps, and find the gradients of the next, at this rank's place."""
     torch.set_default_dtype(trial.dtype)
-    with patch.object(F, "grouped_mm", looped_mm) if trial.dtype == torch.float64 else nullcontext():
-        return _outcome(trial, mesh)
-
-
-def looped_mm(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
-    """The grouped product in float64, which torch does not have."""
-    begins = [0, *offs.tolist()]
-    return torch.cat([rows[b:e] @ m for b, e, m in zip(begins, begins[1:], matrices, strict=False)])
-
-
-def _outcome(trial: Trial, mesh: Mesh) -> Outcome:
     run, entries, chunks = run_config(trial), trial.entries, start(trial, mesh)
-    optimizer = build_optimizer(run.optimizer, chunks)
+    passes = build_passes(chunks, mesh, trial.precision)
+    passes, optimizer = build_passes(chunks, mesh, trial.precision), build_optimizer(run.optimizer, chunks)
     batches = micro_batches(mesh.dp.rank, mesh.dp.size, is_packed=trial.is_packed)
-    validation = evaluate(chunks, [batches], mesh)
+    validation = evaluate(passes, [batches], mesh)
     for _ in range(trial.steps):
-        train_step(run, chunks, optimizer, entries, batches, mesh)
+        train_step(run, passes, optimizer, entries, batches, mesh)
     optimizer.zero_grad()
-    loss = backward(chunks, batches, mesh)
+    loss = backward(passes, batches, mesh)
     finish_gradients(chunks, entries, mesh)
     gradients = pieces_of(chunks, mesh, lambda parameter: parameter.grad)
     limit, sharded = run.optimizer.clip_grad, trial.parallel.use_distributed_optimizer
@@ -207,7 +199,7 @@ def _outcome(trial: Trial, mesh: Mesh) -> Outcome:
 
 def start(trial: Trial, mesh: Mesh) -> list[GPTModel]:
     """This rank's chunks with the weights that every layout starts from."""
-    chunks = build_model(trial.config, trial.parallel, trial.precision, mesh)
+    chunks = build_model(trial.config, trial.parallel, trial.precision, mesh, trial.memory)
     load_weights(chunks, trial.entries, RandomWeights(trial.config, trial.entries, seed=3), mesh)
     return chunks
 
@@ -235,6 +227,7 @@ def run_config(trial: Trial) -> RunConfig:
             tokenizer_model="none",
         ),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10, clip_grad=0.5),
+        memory=trial.memory,
         checkpoint=CheckpointConfig(save="none", save_interval=1),
         family=trial.name.split()[0],
         train_iters=10,

@@ -11,6 +11,7 @@ from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.plan.memory import memory
+from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import backward
 from rank_probes import bf16_shards, rotary_dtypes
 from ranks import run_ranks
@@ -74,9 +75,9 @@ def test_rotary_tables_stay_float32_whatever_the_layers_compute_in():
 def test_masked_tokens_and_micro_batching_do_not_change_the_mean():
     trial, whole, mesh = Trial("mistral"), global_batch(), single_process()
     alone = one_process(trial)
-    chunks = start(trial, mesh)
-    assert backward(chunks, [whole], mesh).item() == pytest.approx(alone.loss, rel=1e-6)
-    (model,) = chunks
+    (model,) = chunks = start(trial, mesh)
+    found = backward(build_passes(chunks, mesh, trial.precision), [whole], mesh)
+    assert found.item() == pytest.approx(alone.loss, rel=1e-6)
     per_token = model(whole.tokens, whole.labels)
     mean = ((per_token * whole.loss_mask).sum() / whole.loss_mask.sum()).item()
     assert (mean, alone.validation) == pytest.approx((alone.loss, alone.loss), rel=1e-6)
