@@ -8,7 +8,7 @@ from megatron_patch.config.run import RunConfig
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
 
 GROUPED_MM_BYTES = 16  # torch.nn.functional.grouped_mm wants its strides to be multiples of it
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def check(run: RunConfig, world: int) -> None:

@@ -1,9 +1,10 @@
 """One training run, whole: every setting that a rank needs, resolved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_patch.config.checkpoint import CheckpointConfig
 from megatron_patch.config.data import DataConfig
+from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
@@ -18,6 +19,7 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig
 
     family: str = setting("model family: whose weight manifest applies")
@@ -25,7 +27,7 @@ class RunConfig:
     micro_batch_size: int = setting("samples per forward pass and data-parallel rank")
     global_batch_size: int = setting("samples per optimizer step, over all ranks")
     precision: str = setting(
-        "compute precision; master weights and reductions are always fp32", "bf16", choices=("bf16", "fp32")
+        "compute precision; master weights and reductions are always fp32", "bf16", choices=("bf16", "fp16", "fp32")
     )
     use_flash_attn: bool = setting("fastest attention kernel available; off: the plain one", True)
     log_interval: int = setting("iterations between console lines", 1)

@@ -11,6 +11,7 @@ from megatron_patch.config.checkpoint import CheckpointConfig
 from megatron_patch.config.checks import problems
 from megatron_patch.config.data import DataConfig
 from megatron_patch.config.flags import to_flags
+from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.optimizer import OptimizerConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.config.run import RunConfig
@@ -96,6 +97,7 @@ def run_config(request: Request, resolved: Resolved) -> RunConfig:
         ),
         data=_data(v),
         optimizer=OptimizerConfig(lr=v["LR"], min_lr=v["MIN_LR"], lr_warmup_iters=warmup, lr_decay_iters=decay),
+        memory=_memory(v),
         checkpoint=CheckpointConfig(
             load=start_weights(request),
             save=str(base / "checkpoint" / name),
@@ -132,6 +134,16 @@ def _data(v: Mapping[str, Any]) -> DataConfig:
         dataset="JSON-SFT" if is_raw else "MMAP",
         seq_length=v["SEQ_LEN"],
         max_padding_length=v["PAD_LEN"],
+    )
+
+
+def _memory(v: Mapping[str, Any]) -> MemoryConfig:
+    together = max(v["MP_AC_LAYERS"], 1)
+    return MemoryConfig(
+        recompute_granularity={"sel": "selective", "full": "full"}.get(v["AC"], "none"),
+        recompute_num_layers=together if v["AC"] == "full" else 1,
+        cpu_offloading_num_layers=together if v["AC"] == "offload" else 0,
+        optimizer_offload_policy="none" if v["OPTIMIZER_OFFLOAD"] == "false" else v["OPTIMIZER_OFFLOAD"],
     )
 
 

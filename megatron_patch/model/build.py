@@ -1,10 +1,14 @@
 """From a run's configuration to the model on this rank: composed, spread over data-parallel ranks, given memory."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.model.decoder import GPTModel
@@ -13,45 +17,69 @@ from megatron_patch.model.router import TopKRouter
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.parallel.stages import resolve_stages
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What layers compute in; float8 is what some of their products are done in, and the rest of such a run is bf16.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, precision: str, mesh: Mesh) -> list[GPTModel]:
+def build_model(
+    config: ModelConfig, parallel: ParallelConfig, precision: str, mesh: Mesh, memory: MemoryConfig | None = None
+) -> list[GPTModel]:
     """This rank's pipeline chunks, one unless the pipeline is interleaved: parameters float32 and uninitialised.
 
     They compute in `precision`. Data-parallel ranks hold a shard of every parameter with the distributed optimizer,
-    else a copy. One process computing in float32 has neither shards nor copies to keep, and its model stays plain.
+    else a copy; what `memory` offloads stands in host memory. One process computing in float32 has neither shards nor
+    copies to keep, and its model stays plain.
     """
+    memory = memory or MemoryConfig()
+    stages = resolve_stages(config.num_layers, parallel)
     with torch.device("meta"):
-        chunks = [
-            GPTModel(config, layers, mesh) for layers in resolve_stages(config.num_layers, parallel)[mesh.pp.rank]
-        ]
+        chunks = [GPTModel(config, layers, mesh, memory) for layers in stages[mesh.pp.rank]]
+    is_offloading = memory.optimizer_offload_policy != "none"
     for chunk in chunks:
-        if mesh.dp_cp.size > 1 or mesh.edp.size > 1 or precision != "fp32":
-            _shard(chunk, mesh, precision)
-        chunk.to_empty(device=mesh.device)
+        on_host = set(_offloaded(chunk, memory.optimizer_offload_fraction if is_offloading else 0.0))
+        if mesh.dp_cp.size > 1 or mesh.edp.size > 1 or precision != "fp32" or on_host:
+            _shard(chunk, mesh, precision, on_host)
+        _allocate(chunk, mesh.device, on_host)
     return chunks
 
 
-def _shard(model: GPTModel, mesh: Mesh, precision: str) -> None:
+def _offloaded(chunk: GPTModel, fraction: float) -> Iterator[nn.Module]:
+    """The modules whose parameters stand in host memory: the first layers, and all with a `fraction` of 1."""
+    layers = list(chunk.decoder.layers.values())
+    if fraction >= 1:
+        yield from chunk.modules()
+        return
+    for layer in layers[: math.ceil(fraction * len(layers))]:
+        yield from layer.modules()
+
+
+def _shard(chunk: GPTModel, mesh: Mesh, precision: str, on_host: set[nn.Module]) -> None:
     mixed = {"param_dtype": DTYPES[precision], "reduce_dtype": torch.float32} if precision != "fp32" else {}
     policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)  # rotary tables stay float32
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)  # which expert is the best must not hang on rounded weights
-    for module in model.modules():
+    to_host = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
+
+    def spread(module: nn.Module, devices: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        offload = to_host if module in on_host else OffloadPolicy()
+        fully_shard(module, mesh=devices, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+
+    for module in list(chunk.modules()):
         if isinstance(module, TopKRouter):
-            _spread(module, mesh.dense_devices, exact)
+            spread(module, mesh.dense_devices, exact)
         elif isinstance(module, Experts):
-            _spread(module, mesh.expert_devices, policy)
-    for module in (*model.decoder.layers.values(), model):
-        _spread(module, mesh.dense_devices, policy)
-    for module in model.modules():
+            spread(module, mesh.expert_devices, policy)
+    for module in (*chunk.decoder.layers.values(), chunk):
+        spread(module, mesh.dense_devices, policy)
+    for module in chunk.modules():
         if isinstance(module, FSDPModule):  # the loss is divided by the global token count: gradients only add up
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _spread(module: nn.Module, devices: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    fully_shard(module, mesh=devices, mp_policy=policy, reshard_after_forward=False)
+def _allocate(chunk: GPTModel, device: torch.device, on_host: set[nn.Module]) -> None:
+    """Memory for every parameter, those of inner modules first: a module that shards theirs must find it there."""
+    for module in reversed(list(chunk.modules())):
+        module.to_empty(device="cpu" if module in on_host else device, recurse=False)
 
 
 def synchronise_gradients(chunks: list[GPTModel], wanted: bool) -> None:
