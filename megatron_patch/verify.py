@@ -67,7 +67,7 @@ class _Stage:
 def _stages(config: ModelConfig, tokens: int) -> Iterator[_Stage]:
     with torch.device("meta"):
         model = GPTModel(config, range(config.num_layers), single_process())
-    rotary = rotary_tables(config, tokens, torch.device("cpu"))
+    rotary = rotary_tables(config, torch.arange(tokens))
     yield _Stage("the embedding", "embedding.word_embeddings.", _call(model.embedding.word_embeddings))
     for number, layer in model.decoder.layers.items():
         yield _Stage(f"layer {number}", f"decoder.layers.{number}.", _call(layer, rotary))

@@ -27,12 +27,14 @@ Order = Callable[[int], int]  # global sample position → index of the dataset
 class Batch:
     """One micro-batch: tokens int64 [B, S], labels int64 [B, S] already shifted, loss_mask float32 [B, S].
 
-    Labels are valid ids everywhere, masked ones too. Positions are 0 to S-1 in every row.
+    Labels are valid ids everywhere, masked ones too. Packed rows hold several segments that do not see each other:
+    `starts`, int64 [B, S], is for each token the position of its segment's first one. Without it a row is one segment.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True)

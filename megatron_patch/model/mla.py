@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are expanded from a small shared latent.
 
 Shapes: S sequence, B batch, H hidden, N heads of this rank; a query and a key head hold C channels without position and
-then P rotated ones, a value head V channels. Tensor-parallel ranks cut the heads; each holds the down projections whole,
-and under sequence parallelism runs them on its own tokens.
+then P rotated ones, a value head V channels. Tensor-parallel ranks cut the heads; each holds the down projections whole
+and runs them on its own tokens, which sequence parallelism makes fewer.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.model.attention import core_attention
+from megatron_patch.model.core_attention import CoreAttention, Packed
 from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear, enter
 from megatron_patch.model.rope import rotate, softmax_temperature
 from megatron_patch.parallel.mesh import Mesh
@@ -25,8 +25,9 @@ class MLASelfAttention(nn.Module):
         cut = {"tp": mesh.tp, "sequence_parallel": mesh.sequence_parallel}
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.plain, self.turned, self.value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
-        self.latent, self.interleaved, self.window = config.kv_lora_rank, config.rotary_interleaved, config.window_size
-        self.scale = softmax_temperature(config) / (self.plain + self.turned) ** 0.5
+        self.latent, self.interleaved = config.kv_lora_rank, config.rotary_interleaved
+        scale = softmax_temperature(config) / (self.plain + self.turned) ** 0.5
+        self.core_attention = CoreAttention(config.window_size, mesh.cp, scale)
         query = heads * (self.plain + self.turned)
         if config.q_lora_rank is None:
             self.linear_q_proj = ColumnLinear(hidden, query, **cut)
@@ -40,14 +41,14 @@ class MLASelfAttention(nn.Module):
         )
         self.linear_proj = RowLinear(heads * self.value, hidden, **cut)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], packed: Packed | None = None) -> Tensor:
         """x [S or S/tp, B, H], normalised → the same shape."""
         q = self.linear_q_up_proj(self.linear_q_down_proj(x)) if self.is_query_compressed else self.linear_q_proj(x)
-        q_SBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
+        q_LBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
         k_SBND, v_SBND = self._expand(self.linear_kv_down_proj(x), rotary)
-        q_BNSD, k_BNSD, v_BNSD = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBND, v_SBND))
-        out_BNSV = core_attention(q_BNSD, k_BNSD, v_BNSD, self.window, self.scale)[..., : self.value]
-        return self.linear_proj(out_BNSV.permute(2, 0, 1, 3).flatten(2))
+        q_BNLD, k_BNSD, v_BNSD = (t.permute(1, 2, 0, 3) for t in (q_LBND, k_SBND, v_SBND))
+        out_BNLV = self.core_attention(q_BNLD, k_BNSD, v_BNSD, packed)[..., : self.value]
+        return self.linear_proj(out_BNLV.permute(2, 0, 1, 3).flatten(2))
 
     def _expand(self, compressed: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys [S, B, N, C + P] and values [S, B, N, at least C + P] of all heads.

@@ -8,10 +8,10 @@ from torch import Tensor
 from megatron_patch.config.model import ModelConfig
 
 
-def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin [length, D/2], float32, D the rotated channels of a head; both carry yarn's temperature."""
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, inverse_frequencies(config, device))
+def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin of `positions` [S] or [S, B] → [S(, B), D/2], float32, D the rotated channels of a head; both carry
+    yarn's temperature."""
+    angles = positions.float().unsqueeze(-1) * inverse_frequencies(config, positions.device)
     temperature = _temperature(config)
     return angles.cos() * temperature, angles.sin() * temperature
 
@@ -70,11 +70,11 @@ def _kept_yarn(config: ModelConfig, plain: Tensor, dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """x [S, …, C + D]: the last D channels turned by their position on dimension 0, the first C as they were.
+    """x [S, B, …, C + D]: the last D channels turned as `tables` [S(, B), D/2] say, the first C as they were.
 
     Channel i turns with i + D/2 or, `interleaved`, 2i with 2i + 1. Computed in at least float32, returned in x's dtype.
     """
-    cos, sin = (table.view(len(table), *[1] * (x.ndim - 2), -1) for table in tables)
+    cos, sin = (table.view(*table.shape[:-1], *[1] * (x.ndim - table.ndim), -1) for table in tables)
     return _Rotate.apply(x, cos, sin, interleaved)
 
 

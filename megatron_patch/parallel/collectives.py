@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_patch.parallel.mesh import Axis
+from megatron_patch.parallel.zigzag import gathered_order
 
 # torch 2.13 warns about the names that are the only ones 2.11 knows.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -52,6 +53,14 @@ def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -
 def exchange(x: Tensor, axis: Axis) -> Tensor:
     """x [n, …]: row i goes to rank i → row i is from rank i; no gradient."""
     return x if axis.size == 1 else _exchange_rows(x, axis, None, None)
+
+
+def gather_zigzag(x: Tensor, axis: Axis) -> Tensor:
+    """[S/n, …], the chunks that `zigzag.held` gives this rank → [S, …] in order; the gradient is summed and cut."""
+    if axis.size == 1:
+        return x
+    chunks = gather_sequence(x, axis).chunk(2 * axis.size)
+    return torch.cat([chunks[number] for number in gathered_order(axis.size)])
 
 
 def sum_(x: Tensor, axis: Axis) -> Tensor:

@@ -25,7 +25,7 @@ def test_frequencies_and_far_positions_of_a_published_size_are_those_of_transfor
     torch.testing.assert_close(inverse_frequencies(ours, torch.device("cpu")), theirs.inv_freq, rtol=3e-7, atol=0)
 
     far = 20000
-    cos, sin = (table[-1] for table in rotary_tables(ours, far, torch.device("cpu")))
+    cos, sin = (table[-1] for table in rotary_tables(ours, torch.arange(far)))
     wanted = theirs(torch.empty(()), torch.tensor([[far - 1]]))
     if isinstance(wanted, tuple):
         wanted = torch.complex(*(table[..., : len(cos)] for table in wanted))
@@ -36,7 +36,7 @@ def test_temperatures_of_deepseek_v2_are_those_of_its_paper():
     """mscale = 0.1 · 0.707 · ln 40 + 1 = 1.26080: squared on the scores, and nothing left for the rotation."""
     config = ALL["deepseek_v2"].config(ALL["deepseek_v2"].sizes["A21B"])
     assert softmax_temperature(config) / 192**0.5 == pytest.approx(0.114721, abs=1e-6)
-    cos, sin = rotary_tables(config, 3, torch.device("cpu"))
+    cos, sin = rotary_tables(config, torch.arange(3))
     torch.testing.assert_close(cos**2 + sin**2, torch.ones(3, 32))
 
 
