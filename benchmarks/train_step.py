@@ -40,6 +40,7 @@ from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients
+from megatron_patch.train.passes import OneStage
 from megatron_patch.train.step import backward
 from megatron_patch.train.weights import load_weights
 
@@ -105,12 +106,12 @@ def our_step(directory: Path, family: Family, tokens: torch.Tensor) -> Callable[
     entries = manifest(family, config)
     chunks = build_model(config, ParallelConfig(), "fp32", mesh)
     load_weights(chunks, entries, open_checkpoint(directory, family, config), mesh)
-    optimizer = build_optimizer(OPTIMIZER, chunks)
+    optimizer, passes = build_optimizer(OPTIMIZER, chunks), OneStage(chunks, mesh)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(BATCH, LENGTH))
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = backward(chunks, [batch], mesh)
+        loss = backward(passes, [batch], mesh)
         clip_gradients(chunks, entries, mesh, limit=OPTIMIZER.clip_grad, sharded=True)
         optimizer.step()
         return loss.item()

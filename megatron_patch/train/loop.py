@@ -15,6 +15,7 @@ from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.log import Log
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
+from megatron_patch.train.passes import build_passes
 from megatron_patch.train.save import save_checkpoint
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.step import check_finite, evaluate, train_step
@@ -25,24 +26,25 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     """From the start weights to the last checkpoint."""
     entries = manifest(ALL[run.family], run.model)
     training, validation = _batches(run, mesh)
-    chunks = build_model(run.model, run.parallel, run.precision, mesh)
+    chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
     source = _start_weights(run, entries)
     load_weights(chunks, entries, source, mesh)
+    passes = build_passes(chunks, mesh, run.precision)
     optimizer = build_optimizer(run.optimizer, chunks)
     log = Log(run, mesh)  # opens files: not before everything that can be refused was read
     origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
     log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
 
     with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
-        log.before_training(evaluate(chunks, validation, mesh))
+        log.before_training(evaluate(passes, validation, mesh))
         for iteration, micro_batches in enumerate(training, 1):
             rate = learning_rate(run.optimizer, iteration - 1)
             set_learning_rate(optimizer, rate)
-            result = train_step(run, chunks, optimizer, entries, micro_batches, mesh)
+            result = train_step(run, passes, optimizer, entries, micro_batches, mesh)
             fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
             check_finite(iteration, result)
             is_validated = _due(run, iteration, run.eval_interval)
-            log.finish(iteration, fields, evaluate(chunks, validation, mesh) if is_validated else None)
+            log.finish(iteration, fields, evaluate(passes, validation, mesh) if is_validated else None)
             if _due(run, iteration, run.checkpoint.save_interval):
                 save_checkpoint(run, chunks, iteration, mesh)
                 log.say(f" saved checkpoint of iteration {iteration} in {run.checkpoint.save}")

@@ -10,11 +10,11 @@ from torch import Tensor
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch
 from megatron_patch.families.manifest import Entry
-from megatron_patch.model.build import synchronise_gradients
-from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.optimizer import clip_gradients, finish_gradients
+from megatron_patch.train.passes import Passes
+from megatron_patch.train.sequence import cut_sequence
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepResult:
 
 def train_step(
     run: RunConfig,
-    chunks: list[GPTModel],
+    passes: Passes,
     optimizer: torch.optim.Optimizer,
     entries: list[Entry],
     micro_batches: list[Batch],
@@ -39,10 +39,10 @@ def train_step(
 ) -> StepResult:
     """Accumulate the micro-batches' gradients, clip, update."""
     optimizer.zero_grad(set_to_none=True)
-    loss = backward(chunks, micro_batches, mesh)
-    finish_gradients(chunks, entries, mesh)
+    loss = backward(passes, micro_batches, mesh)
+    finish_gradients(passes.chunks, entries, mesh)
     norm = clip_gradients(
-        chunks,
+        passes.chunks,
         entries,
         mesh,
         limit=run.optimizer.clip_grad,
@@ -61,36 +61,30 @@ def check_finite(iteration: int, result: StepResult) -> None:
         )
 
 
-def backward(chunks: list[GPTModel], micro_batches: list[Batch], mesh: Mesh) -> Tensor:
-    """Gradients of the mean loss over the global batch's unmasked tokens. Returns that loss.
+def backward(passes: Passes, micro_batches: list[Batch], mesh: Mesh, loss_scale: float = 1.0) -> Tensor:
+    """Gradients, times `loss_scale`, of the mean loss over the global batch's unmasked tokens. Returns that loss.
 
     The number of tokens is known before the first forward, so that the result depends neither on how samples fall
     into micro-batches nor on the ranks that hold them.
     """
-    tokens = _token_count(micro_batches, mesh)
-    total = torch.zeros((), device=mesh.device)
-    (model,) = chunks
-    for number, batch in enumerate(micro_batches, 1):
-        synchronise_gradients(chunks, number == len(micro_batches))
-        loss = _summed_loss(model, batch, mesh) / tokens
-        loss.backward()
-        total += loss.detach()
-    return _over_ranks(total, mesh)
+    tokens = _token_count(micro_batches, mesh).clamp(min=1)  # a batch with nothing to learn has loss 0
+    return _over_ranks(passes(_cut(micro_batches, mesh), tokens / loss_scale), mesh) / tokens
 
 
 @torch.no_grad()
-def evaluate(chunks: list[GPTModel], batches: Iterable[list[Batch]], mesh: Mesh) -> float:
+def evaluate(passes: Passes, batches: Iterable[list[Batch]], mesh: Mesh) -> float:
     """Mean loss over the unmasked tokens of `batches`, of all data-parallel ranks."""
-    (model,) = chunks
-    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    loss, tokens = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for micro_batches in batches:
-        for batch in micro_batches:
-            total[0] += _summed_loss(model, batch, mesh)
-            total[1] += batch.loss_mask.sum()
-    loss, tokens = _over_ranks(total, mesh).tolist()
+        loss += passes(_cut(micro_batches, mesh))
+        tokens += _token_count(micro_batches, mesh)
     if not tokens:
         raise ValueError("the validation data has no token to predict; check VALID_DATASET_PATH")
-    return loss / tokens
+    return (_over_ranks(loss, mesh) / tokens).item()
+
+
+def _cut(micro_batches: list[Batch], mesh: Mesh) -> list[Batch]:
+    return [cut_sequence(batch, mesh.cp) for batch in micro_batches]
 
 
 def _over_ranks(total: Tensor, mesh: Mesh) -> Tensor:
@@ -99,10 +93,5 @@ def _over_ranks(total: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _token_count(micro_batches: list[Batch], mesh: Mesh) -> Tensor:
-    count = torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum().to(mesh.device)
-    return sum_(count, mesh.dp).clamp(min=1)  # a batch with nothing to learn has loss 0
-
-
-def _summed_loss(model: GPTModel, batch: Batch, mesh: Mesh) -> Tensor:
-    losses = model(batch.tokens.to(mesh.device), batch.labels.to(mesh.device))
-    return (losses * batch.loss_mask.to(mesh.device)).sum()
+    """Unmasked tokens of the global batch."""
+    return sum_(torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum().to(mesh.device), mesh.dp)
