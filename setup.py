@@ -24,6 +24,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch", "megatron_patch.*"]),
     install_requires=lines(needed),
-    # float8 training and faster attention kernels on GPUs; nothing in this version imports them.
+    # Float8 training and faster attention kernels on GPUs, each used where it is found.
     extras_require={"test": lines(for_tests), "fp8": ["torchao>=0.13"], "gpu": ["flash-attn>=2.7"]},
 )

@@ -7,8 +7,6 @@ from megatron_patch.config.run import RunConfig
 
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
 
-GROUPED_MM_BYTES = 16  # torch.nn.functional.grouped_mm wants its strides to be multiples of it
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def check(run: RunConfig, world: int) -> None:
@@ -22,7 +20,7 @@ def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
     model = [*_attention(run.model), *_routing(run.model)]
-    return out_of_range or _broken([*_division(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)])
+    return out_of_range or _broken([*_division(run, world), *model, *_experts(run, world), *_optimization(run), *_inputs(run)])
 
 
 def check_model(model: ModelConfig) -> None:
@@ -56,7 +54,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
-        (model, "moe_shared_expert_intermediate_size"),
+        (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
         (run.data, "seed"),
     )
     above_zero = (
@@ -156,25 +154,40 @@ def _attention(model: ModelConfig) -> Iterator[Rule]:
     )
 
 
-def _experts(run: RunConfig) -> Iterator[Rule]:
-    model, tp = run.model, run.parallel.tensor_model_parallel_size
+def _experts(run: RunConfig, world: int) -> Iterator[Rule]:
+    model, parallel = run.model, run.parallel
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
+    yield etp in (1, tp), f"expert_tensor_parallel_size {etp} must be 1 or tensor_model_parallel_size {tp}"
     yield (
-        tp == 1 or not model.num_moe_experts,
-        f"tensor_model_parallel_size {tp}: experts cannot be cut over tensor-parallel ranks yet; use 1, and more "
-        "data-parallel ranks",
+        ep == 1 or model.num_moe_experts > 0,
+        f"expert_model_parallel_size {ep} shares out experts, and the model has none; use 1",
+    )
+    if not model.num_moe_experts:
+        return
+    yield (
+        model.num_moe_experts % ep == 0,
+        f"num_moe_experts {model.num_moe_experts} is not a multiple of expert_model_parallel_size {ep}",
     )
     yield (
-        model.moe_shared_expert_intermediate_size > 0 or not (model.num_moe_experts and model.moe_shared_expert_gate),
+        world % (etp * ep * pp) == 0,
+        f"expert tensor parallel size {etp} × expert_model_parallel_size {ep} × pipeline_model_parallel_size {pp} = "
+        f"{etp * ep * pp} does not divide {world} ranks",
+    )
+    shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
+    yield width % etp == 0, f"moe_ffn_hidden_size {width} is not a multiple of the {etp} ranks that share an expert"
+    yield (
+        shared % tp == 0,
+        f"moe_shared_expert_intermediate_size {shared} is not a multiple of tensor_model_parallel_size {tp}",
+    )
+    yield (
+        shared > 0 or not model.moe_shared_expert_gate,
         "moe_shared_expert_gate needs moe_shared_expert_intermediate_size of at least 1",
     )
-    step = GROUPED_MM_BYTES // ELEMENT_BYTES[run.precision]
-    for name in ("hidden_size", "moe_ffn_hidden_size") if model.num_moe_experts else ():
-        size = getattr(model, name)
-        yield (
-            size % step == 0,
-            f"{name} {size} is not a multiple of {step}: experts are multiplied in rows of whole {GROUPED_MM_BYTES} "
-            f"bytes, which precision {run.precision} fills with {step}",
-        )
 
 
 def _routing(model: ModelConfig) -> Iterator[Rule]:

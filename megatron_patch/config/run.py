@@ -27,7 +27,9 @@ class RunConfig:
     micro_batch_size: int = setting("samples per forward pass and data-parallel rank")
     global_batch_size: int = setting("samples per optimizer step, over all ranks")
     precision: str = setting(
-        "compute precision; master weights and reductions are always fp32", "bf16", choices=("bf16", "fp16", "fp32")
+        "compute precision; master weights and reductions are always fp32",
+        "bf16",
+        choices=("bf16", "fp16", "fp8", "fp32"),
     )
     use_flash_attn: bool = setting("fastest attention kernel available; off: the plain one", True)
     log_interval: int = setting("iterations between console lines", 1)

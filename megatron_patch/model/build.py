@@ -12,13 +12,14 @@ from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.model.decoder import GPTModel
+from megatron_patch.model.float8 import check_float8, use_float8
 from megatron_patch.model.moe import Experts
 from megatron_patch.model.router import TopKRouter
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.parallel.stages import resolve_stages
 
 # What layers compute in; float8 is what some of their products are done in, and the rest of such a run is bf16.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def build_model(
@@ -31,11 +32,15 @@ def build_model(
     copies to keep, and its model stays plain.
     """
     memory = memory or MemoryConfig()
+    if precision == "fp8":
+        check_float8(mesh.device)
     stages = resolve_stages(config.num_layers, parallel)
     with torch.device("meta"):
         chunks = [GPTModel(config, layers, mesh, memory) for layers in stages[mesh.pp.rank]]
     is_offloading = memory.optimizer_offload_policy != "none"
     for chunk in chunks:
+        if precision == "fp8":
+            use_float8(chunk.decoder)
         on_host = set(_offloaded(chunk, memory.optimizer_offload_fraction if is_offloading else 0.0))
         if mesh.dp_cp.size > 1 or mesh.edp.size > 1 or precision != "fp32" or on_host:
             _shard(chunk, mesh, precision, on_host)

@@ -1,7 +1,7 @@
 """Linear layers cut over the tensor-parallel axis: columns (outputs) or rows (inputs) of y = x Wᵀ.
 
 Activations are [sequence, batch, hidden]. Under sequence parallelism the residual stream holds S/tp tokens per rank:
-a column layer gathers them, a row layer scatters its sum.
+a column layer gathers them, a row layer scatters its sum. `multiply` is y = x Wᵀ (+ b); float8 puts its own there.
 """
 
 import torch
@@ -28,10 +28,11 @@ class ColumnLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool, bias: bool = False):
         super().__init__(in_features, out_features // tp.size, bias)
+        self.multiply = F.linear
         self.tp, self.sequence_parallel = tp, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter(x, self.tp, self.sequence_parallel), self.weight, self.bias)
+        return self.multiply(enter(x, self.tp, self.sequence_parallel), self.weight, self.bias)
 
 
 class LayerNormColumnLinear(ColumnLinear):
@@ -59,7 +60,8 @@ class RowLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool):
         super().__init__(in_features // tp.size, out_features, bias=False)
+        self.multiply = F.linear
         self.tp, self.sequence_parallel = tp, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave(F.linear(x, self.weight), self.tp, self.sequence_parallel)
+        return leave(self.multiply(x, self.weight), self.tp, self.sequence_parallel)

@@ -7,7 +7,7 @@ from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.stages import resolve_stages
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 FP32 = 4
 ADAM_MOMENTS = 2
 ROUTER = ".mlp.router.weight"
