@@ -8,7 +8,6 @@ from megatron_patch.config.run import RunConfig
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
 
 
-
 def check(run: RunConfig, world: int) -> None:
     """Raise ValueError with every rule that `run` breaks on `world` ranks, one sentence per line."""
     broken = problems(run, world)
@@ -20,7 +19,7 @@ def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
     model = [*_attention(run.model), *_routing(run.model)]
-    return out_of_range or _broken([*_division(run, world), *model, *_experts(run, world), *_optimization(run), *_inputs(run)])
+    return out_of_range or _broken([*_division(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)])
 
 
 def check_model(model: ModelConfig) -> None:
@@ -47,6 +46,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, _sizes_of_role(model)),
         (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         (parallel, "context_parallel_size expert_model_parallel_size"),
+        (parallel, "" if parallel.expert_tensor_parallel_size is None else "expert_tensor_parallel_size"),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
         (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters"),
@@ -154,13 +154,9 @@ def _attention(model: ModelConfig) -> Iterator[Rule]:
     )
 
 
-def _experts(run: RunConfig, world: int) -> Iterator[Rule]:
+def _experts(run: RunConfig) -> Iterator[Rule]:
     model, parallel = run.model, run.parallel
-    tp, pp, ep = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.expert_model_parallel_size,
-    )
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
     yield etp in (1, tp), f"expert_tensor_parallel_size {etp} must be 1 or tensor_model_parallel_size {tp}"
     yield (
@@ -172,11 +168,6 @@ def _experts(run: RunConfig, world: int) -> Iterator[Rule]:
     yield (
         model.num_moe_experts % ep == 0,
         f"num_moe_experts {model.num_moe_experts} is not a multiple of expert_model_parallel_size {ep}",
-    )
-    yield (
-        world % (etp * ep * pp) == 0,
-        f"expert tensor parallel size {etp} × expert_model_parallel_size {ep} × pipeline_model_parallel_size {pp} = "
-        f"{etp * ep * pp} does not divide {world} ranks",
     )
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
     yield width % etp == 0, f"moe_ffn_hidden_size {width} is not a multiple of the {etp} ranks that share an expert"

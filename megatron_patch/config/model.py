@@ -47,6 +47,13 @@ class ModelConfig:
     moe_router_topk_scaling_factor: float = setting("multiplies the chosen experts' weights", 1.0)
     moe_router_num_groups: int = setting("groups the experts are limited by, 1: none", 1)
     moe_router_group_topk: int = setting("groups a token may choose experts from, best by their highest score", 1)
+    moe_router_load_balancing_type: str = setting(
+        "what keeps the load of the experts even: a loss per micro-batch, or per sequence",
+        "none",
+        choices=("none", "aux_loss", "seq_aux_loss"),
+    )
+    moe_aux_loss_coeff: float = setting("weight of the load balancing loss, which is 1 a layer at balance", 0.0)
+    moe_z_loss_coeff: float = setting("weight of the router z-loss", 0.0)
 
     # Multi-head latent attention. kv_lora_rank == 0: grouped-query attention.
     q_lora_rank: int | None = setting("rank of the compressed query; absent: not compressed", None)

@@ -18,6 +18,8 @@ BASE = shlex.split(
 STRETCHED = "--original-max-position-embeddings 16 --rope-type"
 LATENT = "--kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8"
 EXPERTS = "--num-moe-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32"
+EP4 = "--expert-model-parallel-size 4"
+TP2, SHARED = "--tensor-model-parallel-size 2", "--moe-shared-expert-intermediate-size"
 GROUPS = f"{EXPERTS} --moe-router-num-groups 4 --moe-router-group-topk 2"
 
 
@@ -29,6 +31,8 @@ def test_a_run_that_fits_has_no_problem():
     assert problems(run("--tensor-model-parallel-size", "2", "--sequence-parallel"), world=4) == []
     check(run(), world=1)
     check(run(*shlex.split(f"{GROUPS} {LATENT} {STRETCHED} yarn --kv-channels 15")), world=4)
+    whole = f"{EXPERTS} {TP2} --expert-tensor-parallel-size 1 {EP4} --moe-ffn-hidden-size 33"
+    check(run(*shlex.split(whole)), world=4)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,17 @@ def test_a_run_that_fits_has_no_problem():
         (f"{STRETCHED} yarn --rotary-scaling-factor 0", 1, "rotary_scaling_factor 0.0 must be more than 0"),
         (f"{LATENT} --qk-pos-emb-head-dim 7", 1, "qk_pos_emb_head_dim 7 must be even"),
         (f"{LATENT} --v-head-dim 0", 1, "v_head_dim 0 must be at least 1"),
-        (f"{EXPERTS} --tensor-model-parallel-size 2", 2, "experts cannot be cut over tensor-parallel ranks yet; use 1"),
+        ("--expert-model-parallel-size 2", 2, "expert_model_parallel_size 2 shares out experts, and the"),
+        ("--expert-tensor-parallel-size 2", 2, "expert_tensor_parallel_size 2 must be 1 or tensor_model"),
+        ("--expert-tensor-parallel-size 0", 2, "expert_tensor_parallel_size 0 must be at least 1"),
+        (
+            f"{EXPERTS} {EP4} --num-moe-experts 6",
+            4,
+            "num_moe_experts 6 is not a multiple of expert_model_parallel_size",
+        ),
+        (f"{EXPERTS} {TP2} --moe-ffn-hidden-size 33", 2, "moe_ffn_hidden_size 33 is not a multiple of the 2 ranks"),
+        (f"{EXPERTS} {TP2} {SHARED} 33", 2, "moe_shared_expert_intermediate_size 33 is not a multiple of tensor"),
+        (f"{EXPERTS} --moe-aux-loss-coeff -1", 1, "moe_aux_loss_coeff -1.0 must be 0 or more"),
         (f"{EXPERTS} --moe-router-topk 0", 1, "moe_router_topk 0 must be at least 1"),
         (f"{EXPERTS} --moe-router-topk 9", 1, "moe_router_topk 9 is more than the 8 experts"),
         (f"{GROUPS} --moe-router-topk 5", 1, "moe_router_topk 5 is more than the 4 experts"),
@@ -67,8 +81,6 @@ def test_a_run_that_fits_has_no_problem():
         (f"{GROUPS} --moe-router-group-topk 5", 1, "moe_router_group_topk 5 of moe_router_num_groups 4 with num_moe"),
         (f"{EXPERTS} --moe-first-dense-layers 2", 1, "moe_first_dense_layers 2 must be less than num_layers 2"),
         (f"{EXPERTS} --moe-shared-expert-gate", 1, "moe_shared_expert_gate needs moe_shared_expert_intermediate_size"),
-        (f"{EXPERTS} --moe-ffn-hidden-size 20", 1, "moe_ffn_hidden_size 20 is not a multiple of 8"),
-        (f"{EXPERTS} --precision fp32 --moe-ffn-hidden-size 18", 1, "moe_ffn_hidden_size 18 is not a multiple of 4"),
     ],
 )
 def test_a_broken_rule_is_told_with_both_values(flags, world, told):

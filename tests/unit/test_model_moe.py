@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.moe import Experts
 from megatron_patch.model.router import TopKRouter
+from megatron_patch.parallel.mesh import single_process
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -28,13 +29,13 @@ CONFIG = ModelConfig(
 def routed(scores: list[float], **options) -> dict[int, float]:
     """Expert → weight for one token whose softmax over the experts is `scores`."""
     config = dataclasses.replace(CONFIG, hidden_size=1, num_moe_experts=len(scores), **options)
-    router = TopKRouter(config)
+    router = TopKRouter(config, single_process())
     with torch.no_grad():
         router.weight.copy_(torch.tensor(scores).log()[:, None])
-        weights, experts = router(torch.ones(1, 1))
+        weights, experts = router(torch.ones(1, 1, 1))
     return {
         expert: pytest.approx(weight, rel=1e-5)
-        for expert, weight in zip(*map(torch.Tensor.tolist, (experts[0], weights[0])), strict=True)
+        for expert, weight in zip(experts.flatten().tolist(), weights.flatten().tolist(), strict=True)
     }
 
 
@@ -69,12 +70,14 @@ def test_a_group_left_out_gives_no_expert_even_where_its_scores_are_higher():
 
 def test_the_best_expert_does_not_hang_on_half_precision():
     """Both scores are 1 in bfloat16; the difference is in float32 weights."""
-    router = TopKRouter(dataclasses.replace(CONFIG, hidden_size=1, num_moe_experts=2, moe_router_topk=1))
+    router = TopKRouter(
+        dataclasses.replace(CONFIG, hidden_size=1, num_moe_experts=2, moe_router_topk=1), single_process()
+    )
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0], [1.0 + 1e-5]]))
-    weights, experts = router(torch.ones(4, 1, dtype=torch.bfloat16))
+    weights, experts = router(torch.ones(4, 1, 1, dtype=torch.bfloat16))
     assert weights.dtype == torch.float32
-    assert experts.tolist() == [[1]] * 4
+    assert experts.tolist() == [[[1]]] * 4
 
 
 def looped(experts: Experts, x, weights, chosen):
@@ -92,7 +95,7 @@ def looped(experts: Experts, x, weights, chosen):
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_grouped_experts_are_a_loop_over_experts(tokens):
     torch.manual_seed(tokens)
-    experts = Experts(CONFIG)
+    experts = Experts(CONFIG, single_process())
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])  # the last expert gets no token
