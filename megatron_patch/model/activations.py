@@ -30,9 +30,14 @@ def offloaded(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+def is_moved(tensor: Tensor) -> bool:
+    """Whether what autograd keeps is an activation: not a weight, which stays, nor a few indices."""
     is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-    if tensor.device.type == "cpu" or is_weight or not tensor.is_floating_point():
+    return tensor.is_floating_point() and not is_weight
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if tensor.device.type == "cpu" or not is_moved(tensor):
         return tensor.device, tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return tensor.device, host.copy_(tensor, non_blocking=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_patch.model.activations import Keep, kept
 from megatron_patch.parallel.mesh import Axis
 from megatron_patch.parallel.zigzag import held
 
@@ -32,7 +33,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class PackedRun:
-    """A run in one row, cut where segments end: `queries[n]`, of this rank, see of the keys `keys[n]` up to themselves."""
+    """A run in one row, cut where segments end: `queries[n]` of this rank see up to themselves of `keys[n]` of all."""
 
     queries: tuple[slice, ...]
     keys: tuple[slice, ...]
@@ -87,9 +88,13 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.window, self.cp, self.scale = window, cp, scale
         self.flash: Flash | None = None
+        self.keep: Keep = kept
 
     def forward(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None = None) -> Tensor:
         """Keys and values are of the whole sample, in order; queries are those of this rank → [B, N, L, D]."""
+        return self.keep(self._visible, q_BNLD, k_BGSD, v_BGSD, packed)
+
+    def _visible(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
         if packed is None:
             return self._whole(q_BNLD, k_BGSD, v_BGSD)
         rows = zip(q_BNLD, k_BGSD, v_BGSD, packed, strict=True)

@@ -65,6 +65,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.memory = memory
         self.layers = nn.ModuleDict({str(layer): TransformerLayer(config, layer, mesh) for layer in layers})
+        if memory.recompute_granularity == "selective":
+            for layer in self.layers.values():
+                layer.self_attention.core_attention.keep = recomputed
         is_last = layers.stop == config.num_layers
         self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon) if is_last else nn.Identity()
 
