@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_patch.model.norm import rms_norm
-from megatron_patch.parallel.collectives import copy_to, gather_sequence, reduce_from, reduce_scatter_sequence
+from megatron_patch.parallel.collectives import (
+    copy_to,
+    gather_sequence,
+    gather_zigzag,
+    reduce_from,
+    reduce_scatter_sequence,
+)
 from megatron_patch.parallel.mesh import Axis
 
 
@@ -24,15 +30,24 @@ def leave(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
 
 
 class ColumnLinear(nn.Linear):
-    """Each rank computes `out_features / tp` of the outputs."""
+    """Each rank computes `out_features / tp` of the outputs, and given `cp`, those of the whole sequence."""
 
-    def __init__(self, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool, bias: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: Axis,
+        sequence_parallel: bool,
+        bias: bool = False,
+        cp: Axis | None = None,
+    ):
         super().__init__(in_features, out_features // tp.size, bias)
         self.multiply = F.linear
-        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.tp, self.sequence_parallel, self.cp = tp, sequence_parallel, cp or Axis()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(enter(x, self.tp, self.sequence_parallel), self.weight, self.bias)
+        x = gather_zigzag(enter(x, self.tp, self.sequence_parallel), self.cp)
+        return self.multiply(x, self.weight, self.bias)
 
 
 class LayerNormColumnLinear(ColumnLinear):
@@ -46,8 +61,9 @@ class LayerNormColumnLinear(ColumnLinear):
         tp: Axis,
         sequence_parallel: bool,
         bias: bool = False,
+        cp: Axis | None = None,
     ):
-        super().__init__(in_features, out_features, tp, sequence_parallel, bias)
+        super().__init__(in_features, out_features, tp, sequence_parallel, bias, cp)
         self.epsilon = epsilon
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
 

@@ -1,8 +1,11 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are expanded from a small shared latent.
 
-Shapes: S sequence, B batch, H hidden, N heads of this rank; a query and a key head hold C channels without position and
-then P rotated ones, a value head V channels. Tensor-parallel ranks cut the heads; each holds the down projections whole
-and runs them on its own tokens, which sequence parallelism makes fewer.
+Tensor-parallel ranks cut the heads; each holds the down projections whole and runs them on its own tokens.
+Context-parallel ranks gather the latent and the shared rotated channels, a fraction of what the keys and values of all
+heads would be, and each expands them.
+
+Shapes: S sequence, of which this context-parallel rank holds L tokens, B batch, H hidden, N heads of this rank; a query
+and a key head hold C channels without position and then P rotated ones, a value head V channels.
 """
 
 import torch
@@ -13,6 +16,7 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.core_attention import CoreAttention, Packed
 from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear, enter
 from megatron_patch.model.rope import rotate, softmax_temperature
+from megatron_patch.parallel.collectives import gather_zigzag
 from megatron_patch.parallel.mesh import Mesh
 
 
@@ -21,7 +25,7 @@ class MLASelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        self.tp, self.sequence_parallel = mesh.tp, mesh.sequence_parallel
+        self.tp, self.cp, self.sequence_parallel = mesh.tp, mesh.cp, mesh.sequence_parallel
         cut = {"tp": mesh.tp, "sequence_parallel": mesh.sequence_parallel}
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.plain, self.turned, self.value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
@@ -37,12 +41,12 @@ class MLASelfAttention(nn.Module):
         self.is_query_compressed = config.q_lora_rank is not None
         self.linear_kv_down_proj = nn.Linear(hidden, self.latent + self.turned, bias=False)
         self.linear_kv_up_proj = LayerNormColumnLinear(
-            self.latent, heads * (self.plain + self.value), config.norm_epsilon, **cut
+            self.latent, heads * (self.plain + self.value), config.norm_epsilon, **cut, cp=mesh.cp
         )
         self.linear_proj = RowLinear(heads * self.value, hidden, **cut)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], packed: Packed | None = None) -> Tensor:
-        """x [S or S/tp, B, H], normalised → the same shape."""
+        """x [L or L/tp, B, H], normalised → the same shape."""
         q = self.linear_q_up_proj(self.linear_q_down_proj(x)) if self.is_query_compressed else self.linear_q_proj(x)
         q_LBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
         k_SBND, v_SBND = self._expand(self.linear_kv_down_proj(x), rotary)
@@ -55,9 +59,9 @@ class MLASelfAttention(nn.Module):
 
         Values get channels of zeros: fused attention wants heads of one width, and the plain one holds S × S scores.
         """
-        latent, k_SBP = compressed.split([self.latent, self.turned], dim=-1)
+        latent, shared = compressed.split([self.latent, self.turned], dim=-1)
         kv_SBND = self.linear_kv_up_proj(latent).unflatten(-1, (-1, self.plain + self.value))
         k_SBNC, v_SBNV = kv_SBND.split([self.plain, self.value], dim=-1)
-        k_SBP = enter(k_SBP, self.tp, self.sequence_parallel)  # the heads of all ranks share them
-        k_SBNP = rotate(k_SBP, rotary, self.interleaved).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
+        k_LBP = rotate(enter(shared, self.tp, self.sequence_parallel), rotary, self.interleaved)
+        k_SBNP = gather_zigzag(k_LBP, self.cp).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
         return torch.cat([k_SBNC, k_SBNP], dim=-1), F.pad(v_SBNV, (0, max(self.plain + self.turned - self.value, 0)))

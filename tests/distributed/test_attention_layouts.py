@@ -6,10 +6,12 @@ import pytest
 
 from layout_step import Trial, check_as_one_process
 from megatron_patch.config.parallel import ParallelConfig
-from tiny_models import DEEPSEEK
+from tiny_models import DEEPSEEK, LLAMA, MISTRAL
 
 LATENT = dataclasses.replace(DEEPSEEK, num_layers=2, num_moe_experts=0)
 LITE = dataclasses.replace(LATENT, q_lora_rank=None)
+WINDOW = dataclasses.replace(MISTRAL, num_layers=2)
+FULL = dataclasses.replace(LLAMA, num_layers=2)
 
 
 def layout(tp: int = 1, cp: int = 1, *, sp: bool = False) -> ParallelConfig:
@@ -20,3 +22,19 @@ def layout(tp: int = 1, cp: int = 1, *, sp: bool = False) -> ParallelConfig:
 @pytest.mark.parametrize("model", [LATENT, LITE], ids=["compressed queries", "plain queries"])
 def test_latent_attention_shares_its_heads(model, sp):
     check_as_one_process(Trial("deepseek_v2", layout(2, sp=sp), 2, model=model))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "parallel", "world"),
+    [
+        ("mistral", WINDOW, layout(cp=2), 2),
+        ("mistral", WINDOW, layout(2, 2, sp=True), 4),
+        ("mistral", WINDOW, layout(cp=4), 4),
+        ("llama", FULL, layout(cp=2), 4),
+        ("llama", FULL, layout(2, 2), 4),
+        ("deepseek_v2", LATENT, layout(cp=2), 2),
+        ("deepseek_v2", LITE, layout(2, 2, sp=True), 4),
+    ],
+)
+def test_ranks_that_share_a_sequence_have_the_loss_and_gradients_of_one_process(name, model, parallel, world):
+    check_as_one_process(Trial(name, parallel, world, model=model))
