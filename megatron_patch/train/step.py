@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch
 from megatron_patch.families.manifest import Entry
+from megatron_patch.model.auxiliary import set_auxiliary_scale
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.optimizer import clip_gradients, finish_gradients
@@ -68,6 +69,7 @@ def backward(passes: Passes, micro_batches: list[Batch], mesh: Mesh, loss_scale:
     into micro-batches nor on the ranks that hold them.
     """
     tokens = _token_count(micro_batches, mesh).clamp(min=1)  # a batch with nothing to learn has loss 0
+    set_auxiliary_scale(passes.chunks, loss_scale / (len(micro_batches) * mesh.dp.size))
     return _over_ranks(passes(_cut(micro_batches, mesh), tokens / loss_scale), mesh) / tokens
 
 
