@@ -101,11 +101,7 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
         yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
-    yield (
-        not parallel.sequence_parallel or length % tp == 0,
-        f"sequence_parallel cuts the {length} tokens of a sample into equal parts, and tensor_model_parallel_size {tp} "
-        "does not divide them",
-    )
+    yield _equal_parts(length, cp, tp if parallel.sequence_parallel else 1)
     yield (
         length <= model.max_position_embeddings,
         f"{length} tokens per sample are more than max_position_embeddings {model.max_position_embeddings}",
@@ -128,6 +124,18 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         rest != 0 or run.global_batch_size % (run.micro_batch_size * dp) == 0,
         f"global_batch_size {run.global_batch_size} is not a multiple of micro_batch_size {run.micro_batch_size} × "
         f"{dp} data-parallel ranks",
+    )
+
+
+def _equal_parts(length: int, cp: int, tp: int) -> Rule:
+    """A context-parallel rank holds an early and a late chunk of each sample, and sequence parallelism cuts both."""
+    chunks = 2 * cp if cp > 1 else 1
+    why = [f"2 × context_parallel_size {cp}"] if cp > 1 else []
+    why += [f"tensor_model_parallel_size {tp} (sequence_parallel)"] if tp > 1 else []
+    return (
+        length % (chunks * tp) == 0,
+        f"the {length} tokens of a sample are not a multiple of {' × '.join(why)} = {chunks * tp}, the equal parts that "
+        "ranks hold; change the sample's length or the layout",
     )
 
 

@@ -43,6 +43,12 @@ def test_a_run_that_fits_has_no_problem():
         ("--tensor-model-parallel-size 2 --ffn-hidden-size 97", 2, "ffn_hidden_size 97 is not a multiple of"),
         ("--kv-channels 15", 1, "kv_channels 15 must be even"),
         ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2, "33 tokens of a sample"),
+        ("--context-parallel-size 2 --seq-length 30", 2, "not a multiple of 2 × context_parallel_size 2 = 4"),
+        (
+            "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --seq-length 36",
+            4,
+            "not a multiple of 2 × context_parallel_size 2 × tensor_model_parallel_size 2 (sequence_parallel) = 8",
+        ),
         ("--seq-length 65", 1, "65 tokens per sample are more than max_position_embeddings 64"),
         ("--dataset JSON-SFT --max-padding-length 65", 1, "65 tokens per sample are more than"),
         ("--tensor-model-parallel-size 2", 3, "= 2 does not divide 3 ranks"),
