@@ -134,8 +134,8 @@ def _equal_parts(length: int, cp: int, tp: int) -> Rule:
     why += [f"tensor_model_parallel_size {tp} (sequence_parallel)"] if tp > 1 else []
     return (
         length % (chunks * tp) == 0,
-        f"the {length} tokens of a sample are not a multiple of {' × '.join(why)} = {chunks * tp}, the equal parts that "
-        "ranks hold; change the sample's length or the layout",
+        f"the {length} tokens of a sample are not a multiple of {' × '.join(why)} = {chunks * tp}, the equal parts "
+        "that ranks hold; change the sample's length or the layout",
     )
 
 
