@@ -20,6 +20,7 @@ from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import train_step
@@ -67,7 +68,7 @@ def our_step(run: RunConfig, source: Source, tokens: Tensor, mesh: Mesh) -> Step
     shares = tokens.split(size)[mesh.dp.rank :: mesh.dp.size]
     ones = torch.ones(size, tokens.shape[1] - 1)
     batches = [Batch(share[:, :-1].contiguous(), share[:, 1:].contiguous(), ones) for share in shares]
-    return lambda: train_step(run, passes, optimizer, entries, batches, mesh).loss
+    return lambda: train_step(run, passes, optimizer, entries, batches, mesh, LossScale.of(run.precision)).loss
 
 
 def peer_step(peer: PreTrainedModel, tokens: Tensor) -> Step:

@@ -14,6 +14,7 @@ from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.log import Log
+from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.save import save_checkpoint
@@ -30,7 +31,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     source = _start_weights(run, entries)
     load_weights(chunks, entries, source, mesh)
     passes = build_passes(chunks, mesh, run.precision)
-    optimizer = build_optimizer(run.optimizer, chunks)
+    optimizer, scale = build_optimizer(run.optimizer, chunks), LossScale.of(run.precision)
     log = Log(run, mesh)  # opens files: not before everything that can be refused was read
     origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
     log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
@@ -40,7 +41,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
         for iteration, micro_batches in enumerate(training, 1):
             rate = learning_rate(run.optimizer, iteration - 1)
             set_learning_rate(optimizer, rate)
-            result = train_step(run, passes, optimizer, entries, micro_batches, mesh)
+            result = train_step(run, passes, optimizer, entries, micro_batches, mesh, scale)
             fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
             check_finite(iteration, result)
             is_validated = _due(run, iteration, run.eval_interval)

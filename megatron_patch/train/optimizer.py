@@ -39,14 +39,23 @@ def finish_gradients(chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh:
         whole = [local(parameters[e.mcore].grad) for e in entries if e.shard is None and e.mcore in parameters]
         _sum_flat(whole, mesh)
     if mesh.embedding.size > 1 and EMBEDDING in parameters and _is_tied(chunks):
-        sum_(local(parameters[EMBEDDING].grad), mesh.embedding)
+        gradient = local(parameters[EMBEDDING].grad)
+        gradient.copy_(sum_(gradient.to(mesh.device), mesh.embedding))
 
 
 @torch.no_grad()
 def clip_gradients(
-    chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh: Mesh, *, limit: float, sharded: bool
+    chunks: Iterable[GPTModel],
+    entries: Iterable[Entry],
+    mesh: Mesh,
+    *,
+    limit: float,
+    sharded: bool,
+    loss_scale: float = 1.0,
 ) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most `limit` (0: only measure). Returns the norm before.
+    """Divide all gradients by `loss_scale`, and scale them so that their global 2-norm is at most `limit` (0: any).
+
+    Returns the norm of the gradients so divided, before it was limited.
 
     A gradient that several ranks hold adds its part by the share of each. `sharded`: data-parallel ranks hold pieces,
     not copies.
@@ -60,9 +69,11 @@ def clip_gradients(
     total = torch.zeros((), device=mesh.device)
     for count in set(copies.values()):
         total = total + _squared_norm([g for n, g in gradients_once.items() if copies[n] == count], mesh) / count
-    norm = sum_(total, mesh.world).sqrt()
-    if limit > 0:
-        torch._foreach_mul_(list(gradients.values()), torch.clamp(limit / (norm + 1e-6), max=1.0))
+    norm = sum_(total, mesh.world).sqrt() / loss_scale
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
+    if limit > 0 or loss_scale != 1:
+        for device, held in _by_device(gradients.values()).items():
+            torch._foreach_mul_(held, (factor / loss_scale).to(device))
     return norm
 
 
@@ -78,11 +89,22 @@ def _is_tied(chunks: Iterable[GPTModel]) -> bool:
 
 
 def _sum_flat(gradients: list[Tensor], mesh: Mesh) -> None:
-    flat = sum_(torch.cat([gradient.flatten() for gradient in gradients]), mesh.tp)
+    flat = sum_(torch.cat([gradient.flatten().to(mesh.device) for gradient in gradients]), mesh.tp)
     for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 
 
 def _squared_norm(gradients: list[Tensor], mesh: Mesh) -> Tensor:
-    norms = torch._foreach_norm([g for g in gradients if g.numel()])
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=mesh.device)
+    total = torch.zeros((), device=mesh.device)
+    for held in _by_device(gradients).values():
+        total = total + torch.stack(torch._foreach_norm(held)).square().sum().to(mesh.device)
+    return total
+
+
+def _by_device(gradients: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Those that are not empty; offloaded ones stand in host memory."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient.numel():
+            found.setdefault(gradient.device, []).append(gradient)
+    return found

@@ -13,6 +13,7 @@ from megatron_patch.families.manifest import Entry
 from megatron_patch.model.auxiliary import set_auxiliary_scale
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import clip_gradients, finish_gradients
 from megatron_patch.train.passes import Passes
 from megatron_patch.train.sequence import cut_sequence
@@ -20,14 +21,20 @@ from megatron_patch.train.sequence import cut_sequence
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss over the global batch's unmasked tokens, and the gradient norm before clipping."""
+    """Mean loss over the global batch's unmasked tokens, the gradient norm before clipping, and the loss scale."""
 
     loss: float
     gradient_norm: float
+    loss_scale: float = 1.0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether weights were updated: no rank found NaN or infinity."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     def fields(self) -> dict[str, float]:
         """What the log shows of it, by Megatron's names."""
-        return {"lm loss": self.loss, "grad norm": self.gradient_norm}
+        return {"lm loss": self.loss, "loss scale": self.loss_scale, "grad norm": self.gradient_norm}
 
 
 def train_step(
@@ -37,10 +44,11 @@ def train_step(
     entries: list[Entry],
     micro_batches: list[Batch],
     mesh: Mesh,
+    scale: LossScale,
 ) -> StepResult:
-    """Accumulate the micro-batches' gradients, clip, update."""
+    """Accumulate the micro-batches' gradients, clip, update; a step that is not finite leaves the weights alone."""
     optimizer.zero_grad(set_to_none=True)
-    loss = backward(passes, micro_batches, mesh)
+    loss = backward(passes, micro_batches, mesh, scale.value)
     finish_gradients(passes.chunks, entries, mesh)
     norm = clip_gradients(
         passes.chunks,
@@ -48,9 +56,13 @@ def train_step(
         mesh,
         limit=run.optimizer.clip_grad,
         sharded=run.parallel.use_distributed_optimizer,
+        loss_scale=scale.value,
     )
-    optimizer.step()
-    return StepResult(loss.item(), norm.item())
+    result = StepResult(loss.item(), norm.item(), scale.value)
+    if result.is_finite:
+        optimizer.step()
+    scale.update(result.is_finite)
+    return result
 
 
 def check_finite(iteration: int, result: StepResult) -> None:

@@ -27,9 +27,9 @@ from megatron_patch.model.build import build_model
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.grid import Grid, resolve_grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh, single_process
+from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
 from megatron_patch.train.parameters import entry_tensors, named_parameters
-from megatron_patch.train.passes import build_passes
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
@@ -181,12 +181,11 @@ def outcome(trial: Trial, mesh: Mesh) -> Outcome:
     """Validate, train `steps` steps, and find the gradients of the next, at this rank's place."""
     torch.set_default_dtype(trial.dtype)
     run, entries, chunks = run_config(trial), trial.entries, start(trial, mesh)
-    passes = build_passes(chunks, mesh, trial.precision)
     passes, optimizer = build_passes(chunks, mesh, trial.precision), build_optimizer(run.optimizer, chunks)
     batches = micro_batches(mesh.dp.rank, mesh.dp.size, is_packed=trial.is_packed)
     validation = evaluate(passes, [batches], mesh)
     for _ in range(trial.steps):
-        train_step(run, passes, optimizer, entries, batches, mesh)
+        train_step(run, passes, optimizer, entries, batches, mesh, LossScale.of(trial.precision))
     optimizer.zero_grad()
     loss = backward(passes, batches, mesh)
     finish_gradients(chunks, entries, mesh)

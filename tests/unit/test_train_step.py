@@ -15,12 +15,13 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
+from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.passes import OneStage
 from megatron_patch.train.step import StepResult, check_finite, evaluate, train_step
 from megatron_patch.train.weights import RandomWeights, load_weights
 
-MESH = single_process()
+MESH, SCALE = single_process(), LossScale.of("fp32")
 OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10)
 RUN = SimpleNamespace(optimizer=OPTIMIZER, parallel=ParallelConfig())
 
@@ -53,7 +54,7 @@ def test_a_step_reports_the_loss_before_it_and_lowers_it():
     model, data = tiny_model(), batches(0.9, 0.2)
     optimizer = build_optimizer(OPTIMIZER, [model])
     before = expected_loss(model, data)
-    result = train_step(RUN, OneStage([model], MESH), optimizer, ENTRIES, data, MESH)
+    result = train_step(RUN, OneStage([model], MESH), optimizer, ENTRIES, data, MESH, SCALE)
     assert result.loss == pytest.approx(before.item(), rel=1e-6) and result.gradient_norm > 0
     assert expected_loss(model, data) < before
 
@@ -83,14 +84,18 @@ def test_validation_without_a_token_is_told():
 
 def test_a_step_with_nothing_to_learn_has_loss_and_gradient_zero():
     model = tiny_model()
-    result = train_step(RUN, OneStage([model], MESH), build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.0), MESH)
+    result = train_step(
+        RUN, OneStage([model], MESH), build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.0), MESH, SCALE
+    )
     assert (result.loss, result.gradient_norm) == (0.0, 0.0)
 
 
 def test_spoiled_weights_end_the_run():
     model = tiny_model()
     torch.nn.init.constant_(model.decoder.final_layernorm.weight, math.nan)
-    result = train_step(RUN, OneStage([model], MESH), build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.9), MESH)
+    result = train_step(
+        RUN, OneStage([model], MESH), build_optimizer(OPTIMIZER, [model]), ENTRIES, batches(0.9), MESH, SCALE
+    )
     with pytest.raises(ValueError, match=r"iteration 7: the loss is nan .* nothing more is saved"):
         check_finite(7, result)
 
