@@ -1,14 +1,27 @@
 """One process is the reference for every parallel layout: the same loss, the same gradients, the same steps."""
 
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from layout_step import Trial, check_as_one_process, one_process, outcome_on_rank, start
+from layout_step import (
+    Outcome,
+    Trial,
+    check_as_one_process,
+    compare,
+    one_process,
+    outcome_on_rank,
+    run_config,
+    start,
+)
+from layouts import LAYOUTS, trial
 from megatron_patch.checkpoint.layouts import cut
+from megatron_patch.config.checks import problems
 from megatron_patch.config.parallel import ParallelConfig
+from megatron_patch.families import ALL
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.plan.memory import memory
 from megatron_patch.train.passes import build_passes
@@ -87,3 +100,59 @@ def test_vocabulary_padding_takes_no_part_in_the_softmax():
     (head,) = [entry for entry in Trial("mistral").entries if entry.mcore == "output_layer.weight"]
     last = cut(head, torch.ones(head.shape), rank=1, size=2)
     assert len(last) == 31 and not last[-1].any()  # 61 rows over 2 ranks: the last row of rank 1 is padding
+
+
+@pytest.fixture
+def four_ranks() -> tuple[Trial, list[Outcome]]:
+    """What two tensor-parallel ranks and their replicas would find if every one of them were right."""
+    trial = Trial("qwen1_5 tied", layout(2, False, True), 4)
+    alone = one_process(trial.alone)
+
+    def pieces(rank: int, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {entry.mcore: cut(entry, whole[entry.mcore], rank % 2, 2).clone() for entry in trial.entries}
+
+    return trial, [
+        dataclasses.replace(alone, gradients=pieces(rank, alone.gradients), weights=pieces(rank, alone.weights))
+        for rank in range(4)
+    ]
+
+
+def test_ranks_that_are_all_right_differ_by_nothing(four_ranks):
+    errors = compare(*four_ranks, one_process(four_ranks[0].alone))
+    assert (errors.loss, errors.validation, errors.norm, errors.gradient, errors.weight) == (0,) * 5
+
+
+def test_a_replica_that_differs_in_one_bit_is_named(four_ranks):
+    trial, outcomes = four_ranks
+    weight = outcomes[3].weights["decoder.final_layernorm.weight"]
+    weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
+    with pytest.raises(AssertionError, match=r"decoder\.final_layernorm\.weight: rank 3 and its replica differ"):
+        compare(trial, outcomes, one_process(trial.alone))
+
+
+def test_a_piece_that_a_rank_lacks_is_named(four_ranks):
+    trial, outcomes = four_ranks
+    del outcomes[2].gradients["decoder.layers.1.mlp.linear_fc2.weight"]
+    with pytest.raises(AssertionError, match=r"layers\.1\.mlp\.linear_fc2\.weight is held by 3 ranks, not 4"):
+        compare(trial, outcomes, one_process(trial.alone))
+
+
+def test_a_wrong_gradient_is_named(four_ranks):
+    trial, outcomes = four_ranks
+    for outcome in outcomes:
+        outcome.gradients["decoder.layers.1.mlp.linear_fc2.weight"] *= 2
+    errors = compare(trial, outcomes, one_process(trial.alone))
+    assert (errors.gradient, errors.gradient_of) == (1.0, "decoder.layers.1.mlp.linear_fc2.weight")
+
+
+def test_packed_samples_have_another_loss():
+    packed, plain = (one_process(Trial("mistral", is_packed=is_packed)) for is_packed in (True, False))
+    assert abs(packed.loss - plain.loss) > 1e-3
+
+
+def test_the_table_has_sixty_layouts_and_six_of_every_family_that_the_trainer_accepts():
+    trials = [trial(*line) for line in LAYOUTS]
+    families = Counter(each.name.split()[0] for each in trials)
+    assert len(set(LAYOUTS)) == len(LAYOUTS) >= 60
+    assert families.keys() == ALL.keys() and min(families.values()) >= 6
+    assert [line for line, each in zip(LAYOUTS, trials, strict=True) if problems(run_config(each), each.world)] == []

@@ -30,7 +30,15 @@ LLAMA = dataclasses.replace(
     original_max_position_embeddings=8,
 )
 QWEN = dataclasses.replace(MISTRAL, window_size=None, num_query_groups=8, kv_channels=4, add_qkv_bias=True)
-MIXTRAL = dataclasses.replace(MISTRAL, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=48)
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=48,
+    moe_router_load_balancing_type="aux_loss",
+    moe_aux_loss_coeff=0.2,
+    moe_z_loss_coeff=0.1,
+)
 QWEN_MOE = dataclasses.replace(
     QWEN,
     num_moe_experts=8,
@@ -61,6 +69,8 @@ DEEPSEEK = dataclasses.replace(
     moe_router_topk_scaling_factor=2.0,
     moe_router_num_groups=4,
     moe_router_group_topk=2,
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_aux_loss_coeff=0.3,
     q_lora_rank=12,
     kv_lora_rank=20,
     qk_head_dim=8,
