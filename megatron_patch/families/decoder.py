@@ -26,6 +26,19 @@ DENSE_KEYS = {
     "share_embeddings_and_output_weights": Key(("tie_word_embeddings",), False),
 }
 
+
+def balance_coefficient(name: str) -> Key:
+    """The weight of the load balancing loss, 0 in a file that switches it off; `model/auxiliary.py` has its meaning."""
+    return Key(
+        (name,), 0.001, write=lambda c: 0.0 if c.moe_router_load_balancing_type == "none" else c.moe_aux_loss_coeff
+    )
+
+
+BALANCED_PER_BATCH = {
+    "moe_router_load_balancing_type": Key((), "aux_loss"),
+    "moe_aux_loss_coeff": balance_coefficient("router_aux_loss_coef"),
+}
+
 DENSE_EXPECTS = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),

@@ -8,6 +8,7 @@ from megatron_patch.families.decoder import (
     DENSE_EXPECTS,
     DENSE_KEYS,
     ROTARY_KEYS,
+    balance_coefficient,
     dense_mlp,
     embeddings,
     latent_attention,
@@ -41,6 +42,7 @@ YARN = {
 SHARED_BY_SIZES = {
     "vocab_size": 102400, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000,
     "rope_scaling": YARN, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    "aux_loss_alpha": 0.001, "seq_aux": True,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
 
@@ -69,6 +71,14 @@ DEEPSEEK_V2 = Family(
         "moe_router_topk_scaling_factor": Key(("routed_scaling_factor",), 1.0),
         "moe_router_num_groups": _groups("n_group"),
         "moe_router_group_topk": _groups("topk_group"),
+        "moe_router_load_balancing_type": Key(
+            ("seq_aux",),
+            True,
+            holds=bool,
+            read=lambda per_sequence, hf: "seq_aux_loss" if per_sequence else "aux_loss",
+            write=lambda c: c.moe_router_load_balancing_type == "seq_aux_loss",
+        ),
+        "moe_aux_loss_coeff": balance_coefficient("aux_loss_alpha"),
         "q_lora_rank": Key(("q_lora_rank",), 1536, is_shape=True),
         "kv_lora_rank": Key(("kv_lora_rank",), 512, is_shape=True),
         "qk_head_dim": Key(("qk_nope_head_dim",), 128, is_shape=True),

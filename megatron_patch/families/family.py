@@ -26,7 +26,7 @@ class Key:
     `hf` lists the spellings, the one we write first; a dot descends (`rope_parameters.rope_theta`). Without spellings
     the family has one value, `default` or `of_config`. `default` is what transformers assumes when no spelling is
     present, `of_config` computes it from the file. `read` turns the file's value (or default) into the field's where
-    they differ, `write` turns the field back.
+    they differ, `write` turns the field back; `holds` is the type of the file's value where it is not the field's.
     """
 
     hf: tuple[str, ...]
@@ -35,6 +35,7 @@ class Key:
     is_shape: bool = False  # a preset that disagrees cannot describe these weights
     read: Callable[[Any, Mapping[str, Any]], Any] | None = None
     write: Callable[[ModelConfig], Any] | None = None
+    holds: type | None = None
     only_when: tuple[str, tuple[Any, ...]] | None = None  # (an earlier field, its values that give this one a meaning)
 
     @property
@@ -158,7 +159,7 @@ class Family:
 
 
 def _check_type(field: str, key: Key, value: Any) -> None:
-    wanted = next(kind for kind in TYPES[field] if kind is not type(None))
+    wanted = key.holds or next(kind for kind in TYPES[field] if kind is not type(None))
     kinds = (int, float) if wanted is float else (wanted,)
     least = 0 if DEFAULTS[field] == 0 else 1  # 0 is a size only where it means that there is none
     if value is not None and (type(value) not in kinds or (wanted is int and value < least)):

@@ -1,6 +1,7 @@
 """Qwen1.5: LLaMA with a bias on queries, keys and values; the MoE adds a gated shared expert (arXiv:2309.16609)."""
 
 from megatron_patch.families.decoder import (
+    BALANCED_PER_BATCH,
     DENSE_EXPECTS,
     DENSE_KEYS,
     dense_mlp,
@@ -80,7 +81,7 @@ QWEN1_5_MOE = Family(
     name="qwen1_5_moe",
     architecture="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
-    keys=KEYS | {
+    keys=KEYS | BALANCED_PER_BATCH | {
         "num_query_groups": Key(("num_key_value_heads",), 16, is_shape=True),
         "add_qkv_bias": Key(("qkv_bias",), True),
         "num_moe_experts": Key(("num_experts",), 60, is_shape=True),
@@ -107,7 +108,7 @@ QWEN1_5_MOE = Family(
             "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
             "num_key_value_heads": 16, "max_position_embeddings": 8192,
             "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 5632, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
         },
     },
 )  # fmt: skip

@@ -9,6 +9,8 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.family import Family
 
+BALANCE = 0.01  # weight of the load balancing loss, as Megatron-Core advises
+
 # What config.json says of the tokenizer and no ModelConfig field stands for.
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
@@ -66,6 +68,8 @@ def resolve_upcycled(config: ModelConfig, upcycling: Upcycling) -> tuple[Family,
         moe_ffn_hidden_size=width,
         moe_shared_expert_intermediate_size=upcycling.moe_shared_expert_intermediate_size,
         moe_router_pre_softmax=upcycling.moe_router_pre_softmax,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=BALANCE,
     )
     lost = {}
     for family in ALL.values():

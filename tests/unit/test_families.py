@@ -24,7 +24,14 @@ RICHEST = {  # the golden file of each family that uses most keys
     "qwen1_5_moe": "Qwen1.5-MoE-A2.7B-Chat",
     "deepseek_v2": "DeepSeek-V2",
 }
-UNSTORED = {"mscale": 0.0, "mscale_all_dim": 0.0, "beta_fast": 32.0, "beta_slow": 1.0}  # by transformers, when absent
+UNSTORED = {  # by transformers, when absent; the last two are those of DeepSeek's own configuration class
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "moe_aux_loss_coeff": 0.001,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+}
 SIZES = [(family, size) for family in ALL.values() for size in family.sizes]
 
 
@@ -75,6 +82,7 @@ def theirs(hf: dict) -> dict:
         "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
         "moe_first_dense_layers": "first_k_dense_replace",
         "moe_router_topk_scaling_factor": "routed_scaling_factor",
+        "moe_aux_loss_coeff": "aux_loss_alpha" if kind == "deepseek_v2" else "router_aux_loss_coef",
         "q_lora_rank": "q_lora_rank",
         "kv_lora_rank": "kv_lora_rank",
         "qk_head_dim": "qk_nope_head_dim",
