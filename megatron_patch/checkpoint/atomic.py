@@ -10,6 +10,27 @@ from pathlib import Path
 
 
 @contextmanager
+def claimed_directory(directory: Path) -> Iterator[None]:
+    """`directory`, made where it is not there, is this process's to write to. FileExistsError while it is another's.
+
+    Where the file system knows no locks, nothing is held.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise FileExistsError(f"another run writes to {directory}; wait for it, or name another directory") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """An empty directory to fill, renamed to `target` when the block ends well and removed when it does not.
 
@@ -24,12 +45,17 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     try:
         _acquire(lock)  # as long as this process lives
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            _synchronise(path)
+        synchronise_tree(partial)
         move_directory(partial, target)
     finally:
         os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def synchronise_tree(directory: Path) -> None:
+    """Everything in `directory` reaches the disk, and so do the names of it."""
+    for path in (*directory.rglob("*"), directory):
+        _synchronise(path)
 
 
 def move_directory(new: Path, target: Path) -> None:

@@ -24,7 +24,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler
 
 INDEX, DATA = ".metadata", "__0_0.distcp"
-_STORAGES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
+_STORAGES = {
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.uint8: "ByteStorage",
+}
 _ALIGNMENT = 64  # torch aligns the values within a box so
 _RECORDED = frozenset(
     f"{kind.__module__}.{kind.__qualname__}"

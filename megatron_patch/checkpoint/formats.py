@@ -12,7 +12,17 @@ from megatron_patch.checkpoint.mcore_source import open_mcore
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 
+_TORCH_DIST_FILES = ("common.pt", "metadata.json")
 _MCORE_LAYOUT = ("tp", "pp", "ep", "etp", "vp", "first_stage_layers", "transformer_impl", "experts")
+
+
+def _holds_dcp(directory: Path) -> bool:
+    """Whether it has torch_dist's index and nothing else of Megatron-Core's."""
+    try:
+        iteration = latest_directory(directory)
+    except (OSError, ValueError):
+        return False
+    return (iteration / ".metadata").is_file() and not any((iteration / name).exists() for name in _TORCH_DIST_FILES)
 
 
 def _holds_torch_dist(directory: Path) -> bool:
@@ -23,6 +33,18 @@ def _holds_torch_dist(directory: Path) -> bool:
 
 
 # Imported when used: torch.distributed.checkpoint takes half as long to load as torch itself.
+def _open_dcp(directory: Path, entries: list[Entry], config: ModelConfig) -> Source:
+    from megatron_patch.checkpoint.dcp_source import open_dcp
+
+    return open_dcp(directory, entries, config)
+
+
+def _write_dcp(directory: Path, entries: list[Entry], config: ModelConfig, source: Source, target: Target) -> Written:
+    from megatron_patch.checkpoint.dcp import write_dcp
+
+    return write_dcp(directory, entries, config, source, target)
+
+
 def _open_torch_dist(directory: Path, entries: list[Entry], config: ModelConfig) -> Source:
     from megatron_patch.checkpoint.torch_dist import open_torch_dist
 
@@ -44,6 +66,7 @@ def _refuse_nothing(entries: list[Entry], config: ModelConfig, target: Target) -
 # Detection takes the first that holds the directory, so a format stands before those whose files resemble its own.
 _IN_ORDER = (
     Format("hf", "model.safetensors, pytorch_model.bin (or their index)", holds_hf, open_hf, _refuse_nothing, write_hf),
+    Format("dcp", TRACKER, _holds_dcp, _open_dcp, _refuse_nothing, _write_dcp),
     Format(
         "torch_dist",
         TRACKER,

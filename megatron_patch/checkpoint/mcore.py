@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,7 @@ def _payload(slots: list[Slot], tp_rank: int, target: Target, args: argparse.Nam
     for slot in slots:
         shape = shard_shape(as_cut(slot.entry, target), target.tp)
         chunks[slot.chunk][slot.key] = Piece(slot.entry, shape, functools.partial(_shard, target, tp_rank))
-    names = ["model"] if target.vp == 1 else [f"model{chunk}" for chunk in range(target.vp)]
-    return _around(args) | dict(zip(names, chunks, strict=True))
+    return _around(args) | dict(zip(_chunk_names(target.vp), chunks, strict=True))
 
 
 def _shard(target: Target, tp_rank: int, entry: Entry, whole: Tensor) -> Tensor:
@@ -104,31 +103,31 @@ def _around(args: argparse.Namespace, iteration: int | None = None) -> dict[str,
 
 
 def write_rank(
-    root: Path, iteration: int | None, tp_rank: int, tensors: Mapping[str, Tensor], args: argparse.Namespace
+    root: Path, iteration: int | None, name: str, chunks: Sequence[Mapping[str, Tensor]], args: argparse.Namespace
 ) -> None:
     """Write one rank's file where no reader looks; `publish` makes it visible once every rank has written.
 
-    `tensors` are the rank's shards under the names they get on disk. Any number of processes may write their own rank.
+    `name` is the rank's directory, `chunks` the shards of each of its virtual chunks under the names they get on disk.
+    Any number of processes may write their own rank.
     """
-    directory = _unpublished(root, iteration) / _rank_name(tp_rank)
+    directory = _unpublished(root, iteration) / name
     directory.mkdir(parents=True, exist_ok=True)
-    payload = _around(args, iteration) | {"model": {name: _alone(tensor) for name, tensor in tensors.items()}}
-    _save(directory / RANK_FILE, payload)
+    alone = [{key: _alone(tensor) for key, tensor in chunk.items()} for chunk in chunks]
+    _save(directory / RANK_FILE, _around(args, iteration) | dict(zip(_chunk_names(len(chunks)), alone, strict=True)))
 
 
-def publish(root: Path, iteration: int | None, tp: int) -> Path:
-    """Make an iteration visible, in one process after all `tp` ranks wrote: rename it, then the tracker, last.
+def publish(root: Path, iteration: int | None, names: Sequence[str]) -> Path:
+    """Make an iteration visible, in one process after all ranks, `names`, wrote: rename it, then the tracker, last.
 
     Returns the iteration's directory. Raises FileNotFoundError when a rank's file is missing; what an interrupted save
     on another layout left there is removed.
     """
     directory = _unpublished(root, iteration)
-    wanted = [_rank_name(rank) for rank in range(tp)]
-    for name in wanted:
+    for name in names:
         if not (directory / name / RANK_FILE).is_file():
             raise FileNotFoundError(f"{directory / name / RANK_FILE} was not written; iteration is not published")
     for found in directory.iterdir():
-        if found.name not in wanted:
+        if found.name not in names:
             shutil.rmtree(found)
     target = root / iteration_name(iteration)
     move_directory(directory, target)
@@ -140,8 +139,8 @@ def _unpublished(root: Path, iteration: int | None) -> Path:
     return root / f".{iteration_name(iteration)}.partial"
 
 
-def _rank_name(rank: int) -> str:
-    return f"mp_rank_{rank:02d}"
+def _chunk_names(count: int) -> list[str]:
+    return ["model"] if count == 1 else [f"model{chunk}" for chunk in range(count)]
 
 
 def _save(path: Path, payload: dict[str, Any]) -> None:

@@ -7,10 +7,23 @@ from megatron_patch.config.setting import setting
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Start weights, output directory, and how often to write."""
+    """Start weights, output directory, how often to write, and whether to go on with an earlier run."""
 
     load: str | None = setting("checkpoint directory to start from; absent: random initialisation", None)
     save: str = setting("directory that receives iter_NNNNNNN and the tracker file")
     save_interval: int = setting("iterations between checkpoints; one is also written at the end")
-    ckpt_format: str = setting("torch: classic mp_rank_XX files, weights only", "torch", choices=("torch",))
-    overwrite: bool = setting("replace the checkpoints of an earlier run of the same name", False)
+    ckpt_format: str = setting(
+        "dcp: torch.distributed.checkpoint files that a run can continue from; torch: Megatron's classic mp_rank_XX "
+        "files, weights only",
+        "dcp",
+        choices=("dcp", "torch"),
+    )
+    async_save: bool = setting("write dcp checkpoints while training goes on", True)
+    keep_last: int = setting("checkpoints to keep, older ones are deleted; 0: all", 0)
+    resume: str = setting(
+        "auto: continue this run's own last checkpoint, if there is one; never: start anew; DIR: continue the run that "
+        "wrote DIR, on any layout or length",
+        "auto",
+    )
+    resume_previous: bool = setting("where the last checkpoint is damaged, continue from the one before it", False)
+    overwrite: bool = setting("replace checkpoints in the output directory that are not continued", False)

@@ -4,12 +4,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from tqdm import tqdm
 
+from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.config.checks import sample_length
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
@@ -42,25 +43,32 @@ Fields: TypeAlias = Mapping[str, float | list[float]]  # a list has one number p
 
 
 class Log:
-    """Open for the length of a run. Only rank 0 writes; the others may call it all the same."""
+    """Open for the length of a run. Only rank 0 writes; the others may call it all the same.
 
-    def __init__(self, run: RunConfig, mesh: Mesh):
+    A run that goes on keeps its lines and events up to iteration `kept`, and those after it are written anew.
+    """
+
+    def __init__(self, run: RunConfig, mesh: Mesh, kept: int = 0):
         self.run, self.mesh, self.enabled = run, mesh, mesh.rank == 0
         self.file = self.events = None
-        self.bar = tqdm(total=run.train_iters, unit="it", disable=None if self.enabled else True)  # None: on a terminal
+        self.bar = tqdm(
+            total=run.train_iters, initial=kept, unit="it", disable=None if self.enabled else True
+        )  # None: on a terminal
         self.flops = training_flops(ALL[run.family], run.model, sample_length(run)) * run.global_batch_size
         if self.enabled:
-            self._open()
+            self._open(kept)
         self.started = time.perf_counter()
 
-    def _open(self) -> None:
+    def _open(self, kept: int) -> None:
         if self.run.log_file:
-            Path(self.run.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = Path(self.run.log_file).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+            path = Path(self.run.log_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(_lines_until(path, kept)) if kept else "")
+            self.file = path.open("a", encoding="utf-8", buffering=1)
         if self.run.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and one rank needs it
 
-            self.events = SummaryWriter(self.run.tensorboard_dir)
+            self.events = SummaryWriter(self.run.tensorboard_dir, purge_step=kept + 1 if kept else None)
         self.peak, known = peak_flops(self.mesh.device)
         self.say(f" MFU is a share of {self.peak / 1e12:.4g} TFLOP/s, the {known} peak of one {self.mesh.device.type}")
 
@@ -129,3 +137,15 @@ class Log:
             for name, value in fields.items():
                 for layer, number in enumerate(value if isinstance(value, list) else [value]):
                     self.events.add_scalar(f"{name}/{layer}" if isinstance(value, list) else name, number, iteration)
+
+
+def _lines_until(path: Path, iteration: int) -> Iterator[str]:
+    """The lines of a log up to `iteration`; one that a killed process left unfinished is none."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                yield line
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue

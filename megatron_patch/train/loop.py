@@ -2,57 +2,91 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch, training_batches, validation_batches
 from megatron_patch.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import build_model
+from megatron_patch.parallel.agreement import host_group
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.log import Log
 from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
-from megatron_patch.train.passes import build_passes
-from megatron_patch.train.save import save_checkpoint
+from megatron_patch.train.passes import Passes, build_passes
+from megatron_patch.train.resume import Beginning, begin, find_beginning
+from megatron_patch.train.save import Saver, claimed_output
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.step import check_finite, evaluate, train_step
-from megatron_patch.train.weights import RandomWeights, Source, load_weights
+
+
+@dataclass(frozen=True)
+class Training:
+    """What steps are made of, on this rank."""
+
+    run: RunConfig
+    mesh: Mesh
+    entries: list[Entry]
+    passes: Passes
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    validation: Iterable[list[Batch]]
 
 
 def train(run: RunConfig, mesh: Mesh) -> None:
-    """From the start weights to the last checkpoint."""
-    entries = manifest(ALL[run.family], run.model)
-    training, validation = _batches(run, mesh)
+    """From the start weights, or where an earlier launch of the run stopped, to the last checkpoint."""
+    entries, group = manifest(ALL[run.family], run.model), host_group(mesh)
+    beginning = find_beginning(run, group)
+    run = beginning.settled(run)
+    batches, validation = _batches(run, mesh, beginning.iteration)
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
-    source = _start_weights(run, entries)
-    load_weights(chunks, entries, source, mesh)
-    passes = build_passes(chunks, mesh, run.precision)
-    optimizer, scale = build_optimizer(run.optimizer, chunks), LossScale.of(run.precision)
-    log = Log(run, mesh)  # opens files: not before everything that can be refused was read
-    origin = f" in {run.checkpoint.load}" if run.checkpoint.load else ""
-    log.say(f" starting from {source.describe()}{origin}, with a new optimizer")
-
-    with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
-        log.before_training(evaluate(passes, validation, mesh))
-        for iteration, micro_batches in enumerate(training, 1):
-            rate = learning_rate(run.optimizer, iteration - 1)
-            set_learning_rate(optimizer, rate)
-            result = train_step(run, passes, optimizer, entries, micro_batches, mesh, scale)
-            fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
-            check_finite(iteration, result)
-            is_validated = _due(run, iteration, run.eval_interval)
-            log.finish(iteration, fields, evaluate(passes, validation, mesh) if is_validated else None)
-            if _due(run, iteration, run.checkpoint.save_interval):
-                save_checkpoint(run, chunks, iteration, mesh)
-                log.say(f" saved checkpoint of iteration {iteration} in {run.checkpoint.save}")
+    passes, optimizer = build_passes(chunks, mesh, run.precision), build_optimizer(run.optimizer, chunks)
+    training = Training(run, mesh, entries, passes, optimizer, _loss_scale(run, beginning), validation)
+    with claimed_output(run, mesh, group):
+        lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
+        log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
+        for line in lines:
+            log.say(f" {line}")
+        saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
+        try:
+            with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
+                if beginning.checkpoint is None:
+                    log.before_training(evaluate(passes, validation, mesh))
+                for iteration, micro_batches in enumerate(batches, beginning.iteration + 1):
+                    _iterate(training, log, saver, iteration, micro_batches)
+        finally:
+            saver.wait()
+        saver.finish()
     log.close()
 
 
-def _batches(run: RunConfig, mesh: Mesh) -> tuple[Iterable[list[Batch]], Iterable[list[Batch]]]:
+def _iterate(training: Training, log: Log, saver: Saver, iteration: int, micro_batches: list[Batch]) -> None:
+    """One iteration: the step, and what is due after it."""
+    run, scale = training.run, training.scale
+    rate = learning_rate(run.optimizer, iteration - 1)
+    set_learning_rate(training.optimizer, rate)
+    result = train_step(run, training.passes, training.optimizer, training.entries, micro_batches, training.mesh, scale)
+    fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
+    check_finite(iteration, result)
+    is_validated = _due(run, iteration, run.eval_interval)
+    validation = evaluate(training.passes, training.validation, training.mesh) if is_validated else None
+    log.finish(iteration, fields, validation)
+    if _due(run, iteration, run.checkpoint.save_interval):
+        saver.save(iteration, {"loss_scale": asdict(scale)})
+
+
+def _loss_scale(run: RunConfig, beginning: Beginning) -> LossScale:
+    """As the run left it, if its precision has one."""
+    fresh, recorded = LossScale.of(run.precision), beginning.state.get("loss_scale", {})
+    return LossScale(**recorded) if recorded.get("is_dynamic", False) and fresh.is_dynamic else fresh
+
+
+def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable[list[Batch]], Iterable[list[Batch]]]:
     """This data-parallel rank's training steps, and its validation steps, which can be iterated again and again."""
     tokenizer = load_tokenizer(run.data.tokenizer_model or run.checkpoint.load, run.data.trust_remote_code)
     check_vocabulary(tokenizer, run.model.vocab_size)
@@ -64,16 +98,10 @@ def _batches(run: RunConfig, mesh: Mesh) -> tuple[Iterable[list[Batch]], Iterabl
         "size": mesh.dp.size,
     }
     return (
-        training_batches(run.data, tokenizer, train_iters=run.train_iters, **dealt),
+        training_batches(run.data, tokenizer, train_iters=run.train_iters, start_iteration=start_iteration, **dealt),
         validation_batches(run.data, tokenizer, eval_iters=run.eval_iters, **dealt),
     )
 
 
 def _due(run: RunConfig, iteration: int, interval: int) -> bool:
     return iteration == run.train_iters or iteration % interval == 0
-
-
-def _start_weights(run: RunConfig, entries: list[Entry]) -> Source:
-    if run.checkpoint.load is None:
-        return RandomWeights(run.model, entries, run.data.seed)
-    return open_checkpoint(run.checkpoint.load, ALL[run.family], run.model)

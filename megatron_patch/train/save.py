@@ -1,69 +1,216 @@
-"""Writing a run's checkpoint: classic mcore files, visible only when every rank has written its own."""
+"""Writing a run's checkpoints: every rank its own boxes, beside training, visible once all of them are on the disk.
+
+A checkpoint is filled in a hidden directory, gets its name when it is whole, and the tracker names it last.
+"""
 
 import dataclasses
-import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from megatron_patch.checkpoint.assets import MODEL, TOKENIZER, copy_assets, write_dtype
-from megatron_patch.checkpoint.atomic import write_text
-from megatron_patch.checkpoint.interface import Target
-from megatron_patch.checkpoint.mcore import publish, write_rank
-from megatron_patch.checkpoint.megatron_args import megatron_args
+from megatron_patch.checkpoint.atomic import (
+    claimed_directory,
+    move_directory,
+    remove_leftovers,
+    synchronise_tree,
+    write_text,
+)
+from megatron_patch.checkpoint.dcp import OPTIMIZER, RANDOM, TensorBox, checksum, files_of_rank, write_boxes
+from megatron_patch.checkpoint.mcore import TRACKER, iteration_name
 from megatron_patch.config.run import RunConfig
-from megatron_patch.families import ALL
-from megatron_patch.families.resolve import read_config
-from megatron_patch.model.build import DTYPES
+from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
+from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.parameters import entry_tensors, named_parameters
+from megatron_patch.train.companions import RUN, as_json, write_companions
+from megatron_patch.train.device import synchronise
+from megatron_patch.train.parameters import named_parameters
+from megatron_patch.train.pieces import is_second_copy, pieces
+from megatron_patch.train.save_torch import save_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(run: RunConfig, chunks: list[GPTModel], iteration: int, mesh: Mesh) -> None:
-    """Write `iter_NNNNNNN`, weights in the compute precision, and then the tracker. Every rank takes part."""
-    root, dtype = Path(run.checkpoint.save), DTYPES[run.precision]
-    weights = tensor_parallel_weights(chunks, mesh, dtype, keep=mesh.dp.rank == 0)
-    if mesh.dp.rank == 0:
-        args = megatron_args(run.model, Target(tp=mesh.tp.size), dtype)
-        write_rank(root, iteration, mesh.tp.rank, weights, args)
-    if dist.is_initialized():
-        dist.barrier()
-    if mesh.rank == 0:
-        write_companions(run, root)
-        publish(root, iteration, mesh.tp.size)
+@contextmanager
+def claimed_output(run: RunConfig, mesh: Mesh, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """The output directory belongs to this run while the block runs, and what killed saves left in it is removed.
 
-
-def write_companions(run: RunConfig, root: Path) -> None:
-    """The files beside the weights: configuration, tokenizer, and `run.json`, the resolved run.
-
-    They say what this run trained, with which tokenizer: the start weights' files serve where no option differs.
+    Raises FileExistsError on every rank while another run writes there.
     """
-    family, load, tokenizer = ALL[run.family], run.checkpoint.load, run.data.tokenizer_model
-    if load is None:
-        hf = family.hf_config(run.model, dtype="float32")
-    else:
-        copy_assets(Path(load), root, MODEL if tokenizer else (*MODEL, *TOKENIZER))
-        hf = family.restated(read_config(load), run.model)
-    if tokenizer:
-        copy_assets(Path(tokenizer), root, TOKENIZER)
-    write_text(root / "config.json", json.dumps(hf, indent=2) + "\n")
-    write_dtype(root, str(DTYPES[run.precision]).removeprefix("torch."))
-    write_text(root / "run.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    root = Path(run.checkpoint.save)
+    with ExitStack() as held:
+        together(lambda: held.enter_context(claimed_directory(root)) if mesh.rank == 0 else None, group)
+        if mesh.rank == 0:
+            for hidden in root.glob(".iter_*.old"):
+                remove_leftovers(root / hidden.name[1:].split(".")[0])
+            for hidden in root.glob(".iter_*.partial"):
+                shutil.rmtree(hidden, ignore_errors=True)
+        yield
 
 
-@torch.no_grad()
-def tensor_parallel_weights(chunks: list[GPTModel], mesh: Mesh, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
-    """This tensor-parallel rank's tensors by manifest name, in `dtype`, on the CPU, whole over data-parallel ranks.
+class Saver:
+    """Saves one run. Made before the first forward, and on every rank at the same point, as every method is called.
 
-    Every data-parallel rank takes part; only those with `keep` hold the result.
+    A save that fails, as on a full disk, is said aloud and leaves the earlier ones; only that of the last is an error,
+    of `finish`.
     """
-    weights = {}
-    for name, parameter in named_parameters(chunks).items():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if keep:
-            weights |= {part: tensor.to("cpu", dtype, copy=True) for part, tensor in entry_tensors(name, whole, mesh)}
-    return weights
+
+    def __init__(
+        self,
+        run: RunConfig,
+        chunks: list[GPTModel],
+        optimizer: torch.optim.Optimizer,
+        entries: list[Entry],
+        mesh: Mesh,
+        group: dist.ProcessGroup | None,
+        say: Callable[[str], None],
+        replaced: Sequence[Path] = (),
+    ):
+        """`group` is used by no other than the saver; `replaced` are deleted once there is a checkpoint instead."""
+        self.run, self.chunks, self.optimizer, self.entries, self.mesh = run, chunks, optimizer, entries, mesh
+        self.root, self.group, self.say, self.replaced = Path(run.checkpoint.save), group, say, replaced
+        held = pieces(named_parameters(chunks), entries, mesh)
+        self.pieces = [p for number, p in held if p.is_written_here(number) and not is_second_copy(p.entry, mesh)]
+        self.buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def save(self, iteration: int, state: Mapping[str, Any]) -> None:
+        """Copy what is to be saved, and write it while training goes on; the save before has ended then.
+
+        `state` is what else the run needs to go on, ready for JSON.
+        """
+        self.wait()
+        if self.run.checkpoint.ckpt_format == "torch":
+            self._guarded(iteration, lambda: self._write_torch(iteration))
+            return
+        boxes, record = self._staged(), self._record(iteration, state)
+        self.thread = threading.Thread(
+            target=self._guarded, args=(iteration, lambda: self._write_dcp(iteration, boxes, record)), name="save"
+        )
+        self.thread.start()
+        if not self.run.checkpoint.async_save:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def finish(self) -> None:
+        """Return when the last save is on the disk. Raises OSError when it is not."""
+        self.wait()
+        if self.failure is not None:
+            raise OSError(f"the last checkpoint could not be saved: {self.failure}")
+
+    def _guarded(self, iteration: int, write: Callable[[], None]) -> None:
+        """Write; what goes wrong is told, and training goes on."""
+        try:
+            write()
+        except Exception as error:  # whatever it is, the weights in memory are worth more than this file
+            self.failure = error
+            self.say(
+                f" the checkpoint of iteration {iteration} was NOT saved: {error}; training goes on, and {self.root} "
+                "keeps the earlier ones"
+            )
+        else:
+            self.failure = None
+            self.say(f" saved checkpoint of iteration {iteration} in {self.root}")
+
+    def _write_torch(self, iteration: int) -> None:
+        save_weights(self.run, self.chunks, self.entries, iteration, self.mesh, self.group)
+        if self.mesh.rank == 0:
+            write_companions(self.run, self.root)
+            self._remove_older(iteration)
+
+    def _write_dcp(self, iteration: int, boxes: list[TensorBox], record: dict[str, Any]) -> None:
+        is_first, name = self.mesh.rank == 0, iteration_name(iteration)
+        partial = self.root / f".{name}.partial"
+        together(lambda: _empty(partial) if is_first else None, self.group)
+        try:
+            write_boxes(partial, boxes, self.group)
+            own = {path.name: checksum(path) for path in files_of_rank(partial, self.mesh.rank)}
+            found = together(lambda: own, self.group)
+            record["files"] = {file: sums for files in found for file, sums in files.items()}
+            together(lambda: self._publish(partial, iteration, record) if is_first else None, self.group)
+        except Exception:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _publish(self, partial: Path, iteration: int, record: dict[str, Any]) -> None:
+        """Give a whole checkpoint its name, then name it in the tracker, then make room."""
+        write_companions(self.run, self.root)
+        write_text(partial / RUN, as_json(record))
+        synchronise_tree(partial)
+        move_directory(partial, self.root / iteration_name(iteration))
+        write_text(self.root / TRACKER, str(iteration))
+        self._remove_older(iteration)
+
+    def _remove_older(self, iteration: int) -> None:
+        """Delete what this run replaces, and of its own checkpoints up to this one all but the last `keep_last`."""
+        own = self.root / iteration_name(iteration)
+        replaced = [path for path in self.replaced if path != own and path.exists()]
+        keep, earlier = self.run.checkpoint.keep_last, sorted(self.root.glob("iter_*"))
+        kept = [path for path in earlier if path.name <= own.name and path not in replaced]
+        for path in [*replaced, *(kept[:-keep] if keep else [])]:
+            hidden = path.with_name(f".{path.name}.partial")  # a killed deletion leaves nothing that looks whole
+            path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+        self.replaced = ()
+
+    @torch.no_grad()
+    def _staged(self) -> list[TensorBox]:
+        """Copies, on the CPU, of what this rank saves; their memory serves every save."""
+        boxes = []
+        for piece in self.pieces:
+            state, name = self.optimizer.state.get(piece.parameter, {}), piece.entry.mcore
+            moments = {f"{OPTIMIZER}{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+            for key, tensor in ({name: piece.parameter} | moments).items():
+                values = piece.of(tensor)
+                for box in piece.boxes:
+                    copied = self._copied(key, box.start, values[box.local])
+                    boxes.append(TensorBox(key, piece.entry.shape, box.start, copied))
+        for key, values in random_state(self.mesh).items():
+            shape = (self.mesh.grid.world, len(values))
+            boxes.append(TensorBox(key, shape, (self.mesh.rank, 0), values.unsqueeze(0)))
+        synchronise(self.mesh.device)
+        return boxes
+
+    def _copied(self, key: str, start: tuple[int, ...], values: Tensor) -> Tensor:
+        if (key, start) not in self.buffers:
+            is_pinned = self.mesh.device.type != "cpu"
+            self.buffers[key, start] = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_pinned)
+        return self.buffers[key, start].copy_(values, non_blocking=True)
+
+    def _record(self, iteration: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        steps = [found["step"] for found in self.optimizer.state.values() if "step" in found]
+        return {
+            "iteration": iteration,
+            "consumed_samples": iteration * self.run.global_batch_size,
+            "optimizer_step": int(steps[0]) if steps else 0,
+            "world_size": self.mesh.grid.world,
+            "state": dict(state),
+            "run": dataclasses.asdict(self.run),
+        }
+
+
+def random_state(mesh: Mesh) -> dict[str, Tensor]:
+    """The state of PyTorch's generators on this rank, bytes [N] each, by the names they are saved under."""
+    states = {f"{RANDOM}cpu": torch.get_rng_state()}
+    if mesh.device.type != "cpu":
+        states[f"{RANDOM}device"] = torch.get_device_module(mesh.device).get_rng_state(mesh.device).cpu()
+    return states
+
+
+def _empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)

@@ -27,8 +27,8 @@ def save(root, tensors, tp=1, iteration=None, **changed_args):
     vars(args).update(changed_args)
     for rank in range(tp):
         shards = {entry.mcore: cut(entry, tensors[entry.mcore], rank, tp) for entry in ENTRIES}
-        mcore.write_rank(root, iteration, rank, shards, args)
-    return mcore.publish(root, iteration, tp)
+        mcore.write_rank(root, iteration, f"mp_rank_{rank:02d}", [shards], args)
+    return mcore.publish(root, iteration, [f"mp_rank_{rank:02d}" for rank in range(tp)])
 
 
 def open_it(root, config=CONFIG):
@@ -72,10 +72,10 @@ def test_a_shard_that_is_a_view_is_saved_alone(tmp_path):
 
 def test_nothing_is_visible_before_publishing(tmp_path):
     save(tmp_path, whole_tensors(), iteration=10)
-    mcore.write_rank(tmp_path, 20, 0, {}, argparse.Namespace())
+    mcore.write_rank(tmp_path, 20, "mp_rank_00", [{}], argparse.Namespace())
     assert open_it(tmp_path).directory == tmp_path / "iter_0000010"
     with pytest.raises(FileNotFoundError, match=r"mp_rank_01.* was not written"):
-        mcore.publish(tmp_path, 20, 2)
+        mcore.publish(tmp_path, 20, ["mp_rank_00", "mp_rank_01"])
     assert (tmp_path / mcore.TRACKER).read_text() == "10" and not (tmp_path / "iter_0000020").exists()
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_replaced_stays(tmp_path):
 
 
 def test_publishing_again_replaces_and_leaves_no_rank_of_another_layout(tmp_path):
-    mcore.write_rank(tmp_path, 10, 1, {}, argparse.Namespace())  # an interrupted save at tp 2
+    mcore.write_rank(tmp_path, 10, "mp_rank_01", [{}], argparse.Namespace())  # an interrupted save at tp 2
     save(tmp_path, whole_tensors(), iteration=10)
     assert [path.name for path in (tmp_path / "iter_0000010").iterdir()] == ["mp_rank_00"]
     newer = {name: tensor + 1 for name, tensor in whole_tensors().items()}
@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_as_one(tmp_path, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         with pytest.raises(OSError, match=r"File too large: .*model_optim_rng.pt"):
-            mcore.write_rank(tmp_path, None, 0, {"x": torch.zeros(100_000)}, argparse.Namespace())
+            mcore.write_rank(tmp_path, None, "mp_rank_00", [{"x": torch.zeros(100_000)}], argparse.Namespace())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "release").exists()

@@ -22,7 +22,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.loop import train
-from megatron_patch.train.save import write_companions
+from megatron_patch.train.companions import write_companions
 from megatron_patch.train.weights import RandomWeights
 
 MODEL = ModelConfig(
