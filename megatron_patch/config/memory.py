@@ -1,5 +1,6 @@
 """What a run trades for memory: time for activations, transfers for optimizer state."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_patch.config.setting import setting
@@ -21,4 +22,15 @@ class MemoryConfig:
         "none",
         choices=("none", "static", "auto"),
     )
-    optimizer_offload_fraction: float = setting("share of the layers that static offloading moves", 1.0)
+    optimizer_offload_fraction: float = setting(
+        "share of the layers that static offloading moves; 1: all else too", 1.0
+    )
+
+    def layers_on_host(self, layers: int) -> int:
+        """How many of a pipeline chunk's first `layers` keep master weights and optimizer state in host memory."""
+        return math.ceil(self.optimizer_offload_fraction * layers) if self.optimizer_offload_policy == "static" else 0
+
+    @property
+    def is_all_on_host(self) -> bool:
+        """Whether embedding, output layer and the last norm do so too."""
+        return self.optimizer_offload_policy == "static" and self.optimizer_offload_fraction >= 1

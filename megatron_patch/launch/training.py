@@ -22,7 +22,7 @@ from megatron_patch.launch.options import check_options, overridden, settings
 from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.size import resolve_size
 from megatron_patch.parallel.grid import resolve_grid, smallest_world
-from megatron_patch.plan.describe import UNKNOWN_MEMORY, describe
+from megatron_patch.plan.describe import describe
 from megatron_patch.plan.disk import look
 from megatron_patch.plan.schedule import iterations
 
@@ -69,7 +69,7 @@ def plan(request: Request) -> dict[str, Any]:
             *ranks.options,
             *("-m", "megatron_patch.train", *to_flags(run)),
         ],
-        "warnings": [*warnings, *_without_effect(request), *_overridden_model(resolved, run), UNKNOWN_MEMORY],
+        "warnings": [*warnings, *_without_effect(request), *_overridden_model(resolved, run)],
     }
 
 

@@ -1,6 +1,5 @@
 """From a run's configuration to the model on this rank: composed, spread over data-parallel ranks, given memory."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -37,24 +36,23 @@ def build_model(
     stages = resolve_stages(config.num_layers, parallel)
     with torch.device("meta"):
         chunks = [GPTModel(config, layers, mesh, memory) for layers in stages[mesh.pp.rank]]
-    is_offloading = memory.optimizer_offload_policy != "none"
     for chunk in chunks:
         if precision == "fp8":
             use_float8(chunk.decoder)
-        on_host = set(_offloaded(chunk, memory.optimizer_offload_fraction if is_offloading else 0.0))
+        on_host = set(_offloaded(chunk, memory))
         if mesh.dp_cp.size > 1 or mesh.edp.size > 1 or precision != "fp32" or on_host:
             _shard(chunk, mesh, precision, on_host)
         _allocate(chunk, mesh.device, on_host)
     return chunks
 
 
-def _offloaded(chunk: GPTModel, fraction: float) -> Iterator[nn.Module]:
-    """The modules whose parameters stand in host memory: the first layers, and all with a `fraction` of 1."""
-    layers = list(chunk.decoder.layers.values())
-    if fraction >= 1:
+def _offloaded(chunk: GPTModel, memory: MemoryConfig) -> Iterator[nn.Module]:
+    """The modules whose parameters stand in host memory."""
+    if memory.is_all_on_host:
         yield from chunk.modules()
         return
-    for layer in layers[: math.ceil(fraction * len(layers))]:
+    layers = list(chunk.decoder.layers.values())
+    for layer in layers[: memory.layers_on_host(len(layers))]:
         yield from layer.modules()
 
 

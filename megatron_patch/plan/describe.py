@@ -13,8 +13,6 @@ from megatron_patch.plan.flops import training_flops
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.schedule import schedule
 
-UNKNOWN_MEMORY = "memory of activations is not estimated"
-
 
 def describe(run: RunConfig, family: Family, grid: Grid) -> dict[str, Any]:
     """Sections `model`, `parallel`, `schedule`, `memory` (bytes per device), `output`. `run` has passed its checks."""

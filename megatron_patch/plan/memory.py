@@ -1,4 +1,4 @@
-"""What one device must hold for weights and optimizer, exactly, from the manifest."""
+"""What one device must hold: weights and optimizer exactly, from the manifest, and an estimate of the activations."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.stages import resolve_stages
+from megatron_patch.plan.activations import activation_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 FP32 = 4
@@ -13,19 +14,23 @@ ADAM_MOMENTS = 2
 ROUTER = ".mlp.router.weight"
 
 
-def memory(run: RunConfig, entries: list[Entry], grid: Grid) -> dict[str, int | None]:
-    """Bytes per device, by part, of the pipeline stage that holds most. `activations`, with gradients still being
-    accumulated, are not known here: None.
+def memory(run: RunConfig, entries: list[Entry], grid: Grid) -> dict[str, int]:
+    """Bytes per device, by part, of the pipeline stage that holds most; `host` is what is kept in host memory instead.
 
     Master weights, gradients and both moments are float32, sharded over data-parallel ranks by rows (the last shard
     padded) with the distributed optimizer. The working copy is what the layers compute with; one process that
     computes in float32 uses the master weights themselves. Experts are sharded whole, as rows; routers compute in
-    float32.
+    float32. Activations are an estimate.
     """
     stages = resolve_stages(run.model.num_layers, run.parallel)
-    of_stages = [_stage_memory(run, _entries_of(entries, run, stages, stage), grid) for stage in range(len(stages))]
+    of_stages = [
+        _stage_memory(run, _entries_of(entries, run, stages, stage), grid, stages[stage])
+        for stage in range(len(stages))
+    ]
     parts = max(of_stages, key=lambda parts: sum(parts.values()))
-    return {**parts, "known": sum(parts.values()), "activations": None}
+    host = parts.pop("host")
+    parts["activations"] = activation_bytes(run, grid, BYTES[run.precision])
+    return {**parts, "total": sum(parts.values()), "host": host}
 
 
 def _entries_of(entries: list[Entry], run: RunConfig, stages: list[list[range]], stage: int) -> Iterator[Entry]:
@@ -41,8 +46,9 @@ def _entries_of(entries: list[Entry], run: RunConfig, stages: list[list[range]],
             yield entry
 
 
-def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid) -> dict[str, int]:
-    held = copied = 0
+def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid, chunks: list[range]) -> dict[str, int]:
+    held = copied = offloaded = 0
+    on_host = {layer for chunk in chunks for layer in chunk[: run.memory.layers_on_host(len(chunk))]}
     for entry in entries:
         if entry.expert:
             continue  # in the parameter that the first expert opens
@@ -52,14 +58,18 @@ def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid) -> dict[
         replicas = grid.edp if is_expert else grid.dp_cp
         shards = replicas if run.parallel.use_distributed_optimizer else 1
         elements = _shard_elements(shape, shards)
-        held += elements
         copied += elements * shards * (FP32 if entry.mcore.endswith(ROUTER) else BYTES[run.precision])
-    has_copy = grid.dp_cp > 1 or grid.edp > 1 or run.precision != "fp32"
+        if run.memory.is_all_on_host or entry.layer in on_host:
+            offloaded += elements
+        else:
+            held += elements
+    has_copy = grid.dp_cp > 1 or grid.edp > 1 or run.precision != "fp32" or offloaded
     return {
         "master_weights": held * FP32,
         "working_copy": copied if has_copy else 0,
         "gradients": held * FP32,
         "optimizer": held * FP32 * ADAM_MOMENTS,
+        "host": offloaded * FP32 * (2 + ADAM_MOMENTS),
     }
 
 

@@ -90,8 +90,7 @@ def test_memory_of_one_process_is_what_pytorch_allocates(tmp_path):
     assert section["master_weights"] == section["gradients"] == held
     assert section["optimizer"] == moments
     assert section["working_copy"] == 0
-    assert section["activations"] is None
-    assert section["known"] == 2 * held + moments
+    assert section["total"] == 2 * held + moments + section["activations"]
 
 
 def test_a_tensor_parallel_rank_holds_equal_parts_and_padded_vocabulary(tmp_path):

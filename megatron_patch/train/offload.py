@@ -1,0 +1,36 @@
+"""How much of the optimizer an automatic offload moves: as few layers as let the plan's estimate fit the device."""
+
+import dataclasses
+
+import torch
+
+from megatron_patch.config.memory import MemoryConfig
+from megatron_patch.config.run import RunConfig
+from megatron_patch.families.manifest import Entry
+from megatron_patch.parallel.grid import Grid
+from megatron_patch.plan.memory import memory
+
+USABLE = 0.9  # of a device's memory: the rest is for kernels, communication and fragments
+
+
+def resolve_offload(run: RunConfig, entries: list[Entry], grid: Grid, device: torch.device) -> MemoryConfig:
+    """`run.memory` with `auto` replaced by a share of the layers, or by none where all of it fits or is host memory."""
+    if run.memory.optimizer_offload_policy != "auto":
+        return run.memory
+    if device.type == "cpu":
+        return dataclasses.replace(run.memory, optimizer_offload_policy="none")
+    _, total = torch.get_device_module(device).mem_get_info(device)
+    return fitting(run, entries, grid, int(total * USABLE))
+
+
+def fitting(run: RunConfig, entries: list[Entry], grid: Grid, available: int) -> MemoryConfig:
+    """The least offload with which the plan's estimate is at most `available` bytes; all, where none is enough."""
+    layers = run.model.num_layers
+    for moved in range(layers + 1):
+        policy = "static" if moved else "none"
+        choice = dataclasses.replace(
+            run.memory, optimizer_offload_policy=policy, optimizer_offload_fraction=moved / layers
+        )
+        if memory(dataclasses.replace(run, memory=choice), entries, grid)["total"] <= available:
+            return choice
+    return choice
