@@ -7,6 +7,8 @@ from megatron_patch.config.run import RunConfig
 
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
 
+OPTIONAL_SIZES = "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage decoder_first_pipeline_num_layers"
+
 
 def check(run: RunConfig, world: int) -> None:
     """Raise ValueError with every rule that `run` breaks on `world` ranks, one sentence per line."""
@@ -19,7 +21,9 @@ def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
     model = [*_attention(run.model), *_routing(run.model)]
-    return out_of_range or _broken([*_division(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)])
+    return out_of_range or _broken(
+        [*_division(run, world), *_pipeline(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)]
+    )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -46,7 +50,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, _sizes_of_role(model)),
         (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         (parallel, "context_parallel_size expert_model_parallel_size"),
-        (parallel, "" if parallel.expert_tensor_parallel_size is None else "expert_tensor_parallel_size"),
+        (parallel, _given(parallel, OPTIONAL_SIZES)),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
         (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters"),
@@ -56,6 +60,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
         (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
         (run.data, "seed"),
+        (run.checkpoint, "keep_last"),
     )
     above_zero = (
         (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
@@ -69,6 +74,11 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     yield from _each(
         ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
     )
+
+
+def _given(owner: object, names: str) -> str:
+    """Those of `names` that are not left out."""
+    return " ".join(name for name in names.split() if getattr(owner, name) is not None)
 
 
 def _sizes_of_role(model: ModelConfig) -> str:
@@ -136,6 +146,56 @@ def _equal_parts(length: int, cp: int, tp: int) -> Rule:
         length % (chunks * tp) == 0,
         f"the {length} tokens of a sample are not a multiple of {' × '.join(why)} = {chunks * tp}, the equal parts "
         "that ranks hold; change the sample's length or the layout",
+    )
+
+
+def _pipeline(run: RunConfig, world: int) -> Iterator[Rule]:
+    """Every stage and chunk has layers, and a step, of training or validation, has micro-batches for all of them."""
+    parallel = run.parallel
+    pp, per_chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if pp == 1:
+        for name in ("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers"):
+            value = getattr(parallel, name)
+            yield value is None, f"{name} {value} needs pipeline_model_parallel_size of at least 2; leave it out"
+        return
+    first, layers = parallel.decoder_first_pipeline_num_layers or 0, run.model.num_layers
+    stages = pp - 1 if first else pp
+    share, rest = divmod(layers - first, stages)
+    but = f" without the {first} of decoder_first_pipeline_num_layers" if first else ""
+    yield (
+        rest == 0 and share > 0,
+        f"num_layers {layers}{but} cannot be shared equally by {stages} of the {pp} stages of "
+        "pipeline_model_parallel_size",
+    )
+    chunks = max(share // per_chunk, 1) if per_chunk else 1
+    yield (
+        rest > 0 or share < 1 or per_chunk is None or (share % per_chunk == 0 and first % chunks == 0),
+        f"num_layers_per_virtual_pipeline_stage {per_chunk} does not cut the {share} layers of a stage"
+        f"{f' and the {first} of the first' if first else ''} into the same number of equal chunks",
+    )
+    yield from _filled(run, world, is_interleaved=chunks > 1)
+
+
+def _filled(run: RunConfig, world: int, *, is_interleaved: bool) -> Iterator[Rule]:
+    parallel = run.parallel
+    pp = parallel.pipeline_model_parallel_size
+    dp, left = divmod(world, pp * parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    if left or run.global_batch_size % (run.micro_batch_size * dp):
+        return  # _division says so
+    count = run.global_batch_size // (run.micro_batch_size * dp)
+    cut = (
+        f"a step's micro-batches, global_batch_size {run.global_batch_size} / (micro_batch_size {run.micro_batch_size} × "
+        f"{dp} data-parallel ranks) = {count},"
+    )
+    yield (
+        is_interleaved or count >= pp,
+        f"{cut} are fewer than the stages of pipeline_model_parallel_size {pp}; raise the first or lower another",
+    )
+    rounds = max(1, count // pp)
+    yield (
+        not is_interleaved or count % rounds == 0,
+        f"{cut} cannot be run in {rounds} equal rounds, as num_layers_per_virtual_pipeline_stage needs; make them a "
+        f"multiple of pipeline_model_parallel_size {pp}",
     )
 
 

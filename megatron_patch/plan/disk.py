@@ -1,4 +1,4 @@
-"""What a run needs on disk: its datasets, start weights and tokenizer there, its output directory free."""
+"""What a run needs on disk: its datasets, start weights and tokenizer there, its output directory its own."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import read_header
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import parse_split, split_range
-from megatron_patch.plan.weights import TRACKER, check_weights
+from megatron_patch.plan.start import resolve_start
+from megatron_patch.plan.weights import check_weights
 
 
 def look(run: RunConfig) -> tuple[list[str], list[str]]:
@@ -72,17 +73,13 @@ def check_tokenizer(run: RunConfig) -> None:
 
 
 def check_output(run: RunConfig) -> None:
-    """Raise unless checkpoints, events and log can be written without replacing an earlier run's."""
+    """Raise unless checkpoints, events and log can be written, and this run may continue or replace what is there."""
     for path in (run.checkpoint.save, run.tensorboard_dir, run.log_file):
         if path is not None:
             check_writable(path)
     if run.checkpoint.load and Path(run.checkpoint.load).resolve() == Path(run.checkpoint.save).resolve():
         raise FileExistsError(f"{run.checkpoint.save} is where the run starts from; name another OUTPUT_BASEPATH")
-    if (Path(run.checkpoint.save) / TRACKER).exists() and not run.checkpoint.overwrite:
-        raise FileExistsError(
-            f"{run.checkpoint.save} already holds checkpoints, and weights alone cannot be continued yet; "
-            "pass --overwrite to replace them, or name another output directory"
-        )
+    resolve_start(run)
 
 
 def check_writable(path: str | Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.config.run import RunConfig
-from megatron_patch.plan.weights import TRACKER
+from megatron_patch.plan.weights import RUN, TRACKER
 
-RUN = "run.json"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # What makes a run another one, with the model's architecture: where its samples and its first weights come from.
 _COMPARED = ("family", "global_batch_size")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+RUN = "run.json"
+DISTRIBUTED_INDEX = ".metadata"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
@@ -29,12 +31,33 @@ def check_weights(directory: Path) -> None:
 def _check_megatron(root: Path) -> None:
     named = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     directory = root / (f"iter_{int(named):07d}" if named.isdecimal() else named)
+    if (directory / RUN).is_file():
+        _check_recorded(directory)
+    if (directory / DISTRIBUTED_INDEX).is_file():
+        return  # names and sizes stand in a pickle, which the ranks read
     files = sorted(directory.glob(f"mp_rank_*/{RANK_FILE}"))
     if not files:
-        raise FileNotFoundError(f"{root / TRACKER} says {named[:40]!r}, but {directory} holds no mp_rank_*/{RANK_FILE}")
+        raise FileNotFoundError(
+            f"{root / TRACKER} says {named[:40]!r}, but {directory} holds neither {DISTRIBUTED_INDEX} nor "
+            f"mp_rank_*/{RANK_FILE}"
+        )
     for file in files:
         if not zipfile.is_zipfile(file):  # the directory of a zip file stands at its end
             raise ValueError(f"{file} is truncated, or was not written by torch.save; copy or convert it again")
+
+
+def _check_recorded(directory: Path) -> None:
+    """Raise where a file of an iteration that training wrote has not the length that it had."""
+    try:
+        files = json.loads((directory / RUN).read_text(encoding="utf-8"))["files"]
+        lengths = {name: files[name]["bytes"] for name in files}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / RUN} is damaged: {error!r}") from None
+    for name, length in lengths.items():
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} does not exist, but {RUN} names it")
+        if (size := (directory / name).stat().st_size) != length:
+            raise ValueError(f"{directory / name} is truncated: {size:,} bytes, and {length:,} were written")
 
 
 def _check_hugging_face(directory: Path) -> None:

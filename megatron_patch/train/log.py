@@ -51,9 +51,8 @@ class Log:
     def __init__(self, run: RunConfig, mesh: Mesh, kept: int = 0):
         self.run, self.mesh, self.enabled = run, mesh, mesh.rank == 0
         self.file = self.events = None
-        self.bar = tqdm(
-            total=run.train_iters, initial=kept, unit="it", disable=None if self.enabled else True
-        )  # None: on a terminal
+        is_hidden = None if self.enabled else True  # None: except on a terminal
+        self.bar = tqdm(total=run.train_iters, initial=kept, unit="it", disable=is_hidden)
         self.flops = training_flops(ALL[run.family], run.model, sample_length(run)) * run.global_batch_size
         if self.enabled:
             self._open(kept)

@@ -65,7 +65,7 @@ class Beginning:
 
 
 def find_beginning(run: RunConfig, group: dist.ProcessGroup | None) -> Beginning:
-    """The last complete checkpoint of this run, or of the one that `--resume` names, every file of it as it was written.
+    """The last complete checkpoint of this run, or of the one that `--resume` names, its files as they were written.
 
     All ranks take part and get the same. Raises, on all of them, as `resolve_start`, and ValueError for a damaged
     checkpoint unless `--resume-previous` allows the one before it.

@@ -52,7 +52,7 @@ def test_a_truncated_safetensors_file_is_named(hugging_face, kept):
 
 def test_a_tracker_that_names_a_missing_iteration_says_so(megatron):
     (megatron / "latest_checkpointed_iteration.txt").write_text("13")
-    with pytest.raises(FileNotFoundError, match=r"says '13', but .*iter_0000013 holds no mp_rank"):
+    with pytest.raises(FileNotFoundError, match=r"says '13', but .*iter_0000013 holds neither .metadata nor mp_rank"):
         check_weights(megatron)
 
 
