@@ -184,8 +184,8 @@ def _filled(run: RunConfig, world: int, *, is_interleaved: bool) -> Iterator[Rul
         return  # _division says so
     count = run.global_batch_size // (run.micro_batch_size * dp)
     cut = (
-        f"a step's micro-batches, global_batch_size {run.global_batch_size} / (micro_batch_size {run.micro_batch_size} × "
-        f"{dp} data-parallel ranks) = {count},"
+        f"a step's micro-batches, global_batch_size {run.global_batch_size} / (micro_batch_size "
+        f"{run.micro_batch_size} × {dp} data-parallel ranks) = {count},"
     )
     yield (
         is_interleaved or count >= pp,
