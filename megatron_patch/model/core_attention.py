@@ -43,8 +43,16 @@ class PackedRun:
 Packed: TypeAlias = tuple[tuple[PackedRun, ...], ...]  # of each row, its runs
 
 # (queries [B, L, N, D], keys and values [B, K, G, D], scale, window, bounds) → [B, L, N, D]; with bounds there is no B.
-# The last query of a sample, or segment, is as far as its last key.
-Flash: TypeAlias = Callable[[Tensor, Tensor, Tensor, float | None, int | None, Bounds | None], Tensor]
+# The last query, or with bounds a segment's last, stands where its last key does.
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, float | None, int | None, Bounds | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Flash:
+    """A kernel for half precision that knows windows and segments. `is_fastest`: where others need no slices, too."""
+
+    attend: Attend
+    is_fastest: bool
 
 
 def find_segments(starts_BS: Tensor, runs: Sequence[range]) -> Packed:
@@ -81,7 +89,7 @@ def _packed_run(starts: Tensor, first: int, run: range, device: torch.device) ->
 class CoreAttention(nn.Module):
     """Attention without weights: token i sees token j of its segment when 0 ≤ i − j, and i − j < `window` if any.
 
-    Scores are multiplied by `scale`, 1/√D if absent. `flash` is a kernel for half precision, PyTorch's own otherwise.
+    Scores are multiplied by `scale`, 1/√D if absent. Without `flash` PyTorch's kernels do all of it.
     """
 
     def __init__(self, window: int | None, cp: Axis, scale: float | None = None):
@@ -110,34 +118,35 @@ class CoreAttention(nn.Module):
         return _join(outputs)
 
     def _packed(self, q_NLD: Tensor, k_GSD: Tensor, v_GSD: Tensor, run: PackedRun) -> Tensor:
-        if self._is_flash(q_NLD):
+        if self._has_flash(q_NLD):
             queries, keys = (slice(parts[0].start, parts[-1].stop) for parts in (run.queries, run.keys))
             parts = (x.transpose(0, 1) for x in (q_NLD[:, queries], k_GSD[:, keys], v_GSD[:, keys]))
-            return self.flash(*parts, self.scale, self.window, run.bounds).transpose(0, 1)
+            return self.flash.attend(*parts, self.scale, self.window, run.bounds).transpose(0, 1)
         segments = zip(run.queries, run.keys, strict=True)
         return _join(
             [self._attend(q_NLD[None, :, q], k_GSD[None, :, k], v_GSD[None, :, k]).squeeze(0) for q, k in segments]
         )
 
     def _attend(self, q_BNLD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
-        if self._is_flash(q_BNLD):
+        is_plain = is_square(q_BNLD, k_BGKD, self.window)
+        if self._has_flash(q_BNLD) and (self.flash.is_fastest or not is_plain):
             parts = (x.transpose(1, 2) for x in (q_BNLD, k_BGKD, v_BGKD))
-            return self.flash(*parts, self.scale, self.window, None).transpose(1, 2)
+            return self.flash.attend(*parts, self.scale, self.window, None).transpose(1, 2)
         return attend(q_BNLD, k_BGKD, v_BGKD, self.window, self.scale)
 
-    def _is_flash(self, q: Tensor) -> bool:
+    def _has_flash(self, q: Tensor) -> bool:
         return self.flash is not None and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def attend(
     q_BNLD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """Causal attention [B, N, L, D] of the last L of K tokens, through PyTorch's own kernels.
+    """Causal attention [B, N, L, D] of the last L of K tokens, through PyTorch's kernels.
 
     Blocks of queries are taken each against the keys that they can see: S·W work, and masks of a block's size.
     """
     length, count = q_BNLD.shape[2], k_BGKD.shape[2]
-    if length == count and (window is None or length <= window):
+    if is_square(q_BNLD, k_BGKD, window):
         return scaled_dot_product_attention(q_BNLD, k_BGKD, v_BGKD, is_causal=True, scale=scale, enable_gqa=True)
     step = min(window or BLOCK, BLOCK)
     outputs = []
@@ -152,6 +161,12 @@ def attend(
         q, k, v = q_BNLD[:, :, begin:end], k_BGKD[:, :, keys], v_BGKD[:, :, keys]
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
     return _join(outputs)
+
+
+def is_square(q_BNLD: Tensor, k_BGKD: Tensor, window: int | None) -> bool:
+    """Whether each query sees all keys up to itself, and none came before: what any kernel computes."""
+    length = q_BNLD.shape[2]
+    return length == k_BGKD.shape[2] and (window is None or length <= window)
 
 
 def _join(outputs: list[Tensor]) -> Tensor:

@@ -1,18 +1,17 @@
 """The training loop."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch, training_batches, validation_batches
 from megatron_patch.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
-from megatron_patch.model.build import build_model
+from megatron_patch.model.build import DTYPES, build_model
+from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.agreement import host_group
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.log import Log
@@ -45,16 +44,17 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     run = beginning.settled(run)
     batches, validation = _batches(run, mesh, beginning.iteration)
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
+    kernel = resolve_kernel(run.model, mesh, DTYPES[run.precision], fastest=run.use_flash_attn)
     passes, optimizer = build_passes(chunks, mesh, run.precision), build_optimizer(run.optimizer, chunks)
     training = Training(run, mesh, entries, passes, optimizer, _loss_scale(run, beginning), validation)
     with claimed_output(run, mesh, group):
         lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
         log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
-        for line in lines:
+        for line in (*lines, f"attention: {kernel.description}"):
             log.say(f" {line}")
         saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
         try:
-            with nullcontext() if run.use_flash_attn else sdpa_kernel(SDPBackend.MATH):
+            with using(kernel, chunks):
                 if beginning.checkpoint is None:
                     log.before_training(evaluate(passes, validation, mesh))
                 for iteration, micro_batches in enumerate(batches, beginning.iteration + 1):
