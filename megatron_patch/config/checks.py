@@ -50,6 +50,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, _sizes_of_role(model)),
         (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         (parallel, "context_parallel_size expert_model_parallel_size"),
+        (run.memory, "recompute_num_layers"),
         (parallel, _given(parallel, OPTIONAL_SIZES)),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
@@ -61,6 +62,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
         (run.data, "seed"),
         (run.checkpoint, "keep_last"),
+        (run.memory, "cpu_offloading_num_layers"),
     )
     above_zero = (
         (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
@@ -71,6 +73,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     yield from _each(at_least_one, lambda value: value >= 1, "must be at least 1")
     yield from _each(at_least_zero, lambda value: 0 <= value < float("inf"), "must be 0 or more")
     yield from _each(above_zero, lambda value: 0 < value < float("inf"), "must be more than 0")
+    yield from _each(((run.memory, "optimizer_offload_fraction"),), lambda value: 0 <= value <= 1, "must be 0 to 1")
     yield from _each(
         ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
     )

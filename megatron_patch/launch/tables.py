@@ -11,6 +11,7 @@ from megatron_patch.launch.values import (
     count,
     keys,
     number,
+    offloading,
     on_or_off,
     one_of,
     recomputation,
@@ -38,7 +39,7 @@ TRAINING: Table = (
     Arg("FL", switch, f"{SWITCH}: the fastest attention kernel available"),
     Arg("SFT", switch, f"{SWITCH}: fine-tune on instructions, counted in iterations"),
     Arg("AC", recomputation, "sel, full, offload, none or false (= none)"),
-    Arg("OPTIMIZER_OFFLOAD", one_of("false", "static", "auto"), "false, static or auto"),
+    Arg("OPTIMIZER_OFFLOAD", offloading, "false, static, auto, or the share of the layers to move, such as 0.5"),
     Arg("SAVE_INTERVAL", count, f"{COUNT}: iterations between checkpoints"),
     Arg("DATASET_PATH", words, "a .bin/.idx prefix, 'weight prefix weight prefix …', or a JSON file (raw)"),
     Arg("VALID_DATASET_PATH", words, "the same for validation"),
@@ -83,7 +84,9 @@ VARIABLES: Table = (
 
 
 LAUNCHERS = {
-    "mistral": Launcher("training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral",)),
+    "mistral": Launcher(
+        "training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral", "mixtral")
+    ),
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     **CONVERTERS,
 }

@@ -17,7 +17,7 @@ from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.paths import split_words
 from megatron_patch.families.resolve import Resolved
-from megatron_patch.launch import cluster, unbuilt
+from megatron_patch.launch import cluster
 from megatron_patch.launch.options import check_options, overridden, settings
 from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.size import resolve_size
@@ -40,6 +40,11 @@ CAPITALS = {
     "seq_length": "SEQ_LEN",
     "max_padding_length": "PAD_LEN",
     "save_interval": "SAVE_INTERVAL",
+    "precision": "PR",
+    "num_layers_per_virtual_pipeline_stage": "MP_VP",
+    "decoder_first_pipeline_num_layers": "MP_PP0_LAYERS",
+    "recompute_num_layers": "MP_AC_LAYERS",
+    "cpu_offloading_num_layers": "MP_AC_LAYERS",
 }
 
 
@@ -54,7 +59,6 @@ def plan(request: Request) -> dict[str, Any]:
         "--family": place(request.table, "MODEL_SIZE"),
     }
     run = overridden(run_config(request, resolved), request.options, elsewhere)
-    _check_built(run)
     ranks = _ranks(request, run)
     warnings = [*resolved.warnings, *_check(request, run, ranks.world, absent)]
     grid = resolve_grid(run.parallel, ranks.world)
@@ -143,15 +147,9 @@ def _memory(v: Mapping[str, Any]) -> MemoryConfig:
         recompute_granularity={"sel": "selective", "full": "full"}.get(v["AC"], "none"),
         recompute_num_layers=together if v["AC"] == "full" else 1,
         cpu_offloading_num_layers=together if v["AC"] == "offload" else 0,
-        optimizer_offload_policy="none" if v["OPTIMIZER_OFFLOAD"] == "false" else v["OPTIMIZER_OFFLOAD"],
+        optimizer_offload_policy={"false": "none", "auto": "auto"}.get(v["OPTIMIZER_OFFLOAD"], "static"),
+        optimizer_offload_fraction=v["OPTIMIZER_OFFLOAD"] if isinstance(v["OPTIMIZER_OFFLOAD"], float) else 1.0,
     )
-
-
-def _check_built(run: RunConfig) -> None:
-    """Hold what options made of the parallel sizes against what is built, too."""
-    flags = {"PP": "pipeline_model_parallel_size", "CP": "context_parallel_size", "EP": "expert_model_parallel_size"}
-    values = {name: getattr(run.parallel, field) for name, field in flags.items()}
-    unbuilt.check_built(unbuilt.TRAINING, values, lambda name: "--" + flags[name].replace("_", "-"))
 
 
 def _ranks(request: Request, run: RunConfig) -> cluster.Cluster:
@@ -189,11 +187,11 @@ def _check(request: Request, run: RunConfig, world: int, absent: list[str]) -> l
 
 
 def in_capitals(sentence: str, request: Request) -> str:
-    """Field names replaced by the arguments they came from: `TP (argument 10)`."""
-    numbers = {arg.name: number for number, arg in enumerate(request.table, 1)}
+    """Field names replaced by the arguments they came from: `TP (argument 10)`; environment variables by theirs."""
+    numbers = {arg.name: f"argument {number}" for number, arg in enumerate(request.table, 1)}
     return re.sub(
         rf"\b({'|'.join(CAPITALS)})\b",
-        lambda match: f"{CAPITALS[match[0]]} (argument {numbers[CAPITALS[match[0]]]})",
+        lambda match: f"{CAPITALS[match[0]]} ({numbers.get(CAPITALS[match[0]], 'environment')})",
         sentence,
     )
 
@@ -216,7 +214,10 @@ def _without_effect(request: Request) -> list[str]:
     pad, length = v["PAD_LEN"], v["SEQ_LEN"]
     rules = (
         (v["SP"] and v["TP"] == 1, "SP (argument 14) is true: no effect without tensor parallelism (TP is 1)"),
-        (v["MP_AC_LAYERS"] > 0, "MP_AC_LAYERS has no effect: no activations are recomputed or offloaded (AC is none)"),
+        (
+            v["MP_AC_LAYERS"] > 0 and v["AC"] not in ("full", "offload"),
+            f"MP_AC_LAYERS has no effect: AC is {v['AC']}, neither full nor offload",
+        ),
         (v["PP"] == 1 and v["MP_VP"] > 0, "MP_VP has no effect without pipeline parallelism (PP is 1)"),
         (v["PP"] == 1 and v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
         (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),

@@ -8,14 +8,6 @@ from megatron_patch.launch.positional import UsageError
 Line = tuple[str, Callable[[Mapping[str, object]], bool], str, str]
 
 TRAINING: tuple[Line, ...] = (
-    ("MODEL_SIZE", lambda v: v["MODEL_SIZE"] == "8x7B", "training the Mixtral family", "7B or auto"),
-    ("PR", lambda v: v["PR"] in ("fp16", "fp8"), "float16 and float8 training", "bf16 or fp32"),
-    ("PP", lambda v: v["PP"] > 1, "pipeline parallelism", "1"),
-    ("CP", lambda v: v["CP"] > 1, "context parallelism", "1"),
-    ("EP", lambda v: v["EP"] > 1, "expert parallelism", "1"),
-    ("AC", lambda v: v["AC"] != "none", "activation recomputation and offloading", "false"),
-    ("OPTIMIZER_OFFLOAD", lambda v: v["OPTIMIZER_OFFLOAD"] != "false", "optimizer offloading", "false"),
-    ("MP_VP", lambda v: v["MP_VP"] > 0, "interleaved pipelining", "no MP_VP"),
     ("MP_SFT_PACKING", lambda v: v["MP_SFT_PACKING"], "packed fine-tuning", "false"),
     (
         "SFT",

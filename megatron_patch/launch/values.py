@@ -68,6 +68,17 @@ def recomputation(text: str) -> str:
     return "none" if value == "false" else value
 
 
+def offloading(text: str) -> str | float:
+    """OPTIMIZER_OFFLOAD: a policy, or a share above 0 and at most 1 of the layers. 0 is `false`."""
+    try:
+        share = float(text)
+    except ValueError:
+        return one_of("false", "static", "auto")(text)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text} is not a share")
+    return share or "false"
+
+
 def keys(text: str) -> list[str]:
     """Names separated by spaces or commas, at least one."""
     names = text.replace(",", " ").split()

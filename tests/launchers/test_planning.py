@@ -7,6 +7,7 @@ import pytest
 from commands import CONVERSION, PREPROCESSING, PRETRAINING, RAW_FINE_TUNING, ROOT, changed
 
 from megatron_patch.config.flags import from_flags
+from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.launch.cluster import accelerators, cores, many_nodes, one_node
 from megatron_patch.launch.positional import UsageError
 
@@ -62,6 +63,42 @@ def test_optimizer_constants_are_the_contracts(planned):
     assert (adam.adam_beta1, adam.adam_beta2, adam.weight_decay, adam.clip_grad) == (0.9, 0.95, 0.1, 1.0)
     assert (adam.lr_decay_style, run.model.init_method_std) == ("cosine", 0.008)
     assert (run.eval_interval, run.eval_iters, run.log_interval, run.data.split) == (10000, 10, 1, "99,1,0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "expected"),
+    [
+        ({"AC": "full"}, {"MP_AC_LAYERS": "4"}, {"recompute_granularity": "full", "recompute_num_layers": 4}),
+        ({"AC": "sel"}, {}, {"recompute_granularity": "selective"}),
+        ({"AC": "offload"}, {"MP_AC_LAYERS": "3"}, {"cpu_offloading_num_layers": 3}),
+        ({"AC": "offload"}, {}, {"cpu_offloading_num_layers": 1}),
+        ({"OPTIMIZER_OFFLOAD": "static"}, {}, {"optimizer_offload_policy": "static"}),
+        ({"OPTIMIZER_OFFLOAD": "auto"}, {}, {"optimizer_offload_policy": "auto"}),
+        (
+            {"OPTIMIZER_OFFLOAD": "0.5"},
+            {},
+            {"optimizer_offload_policy": "static", "optimizer_offload_fraction": 0.5},
+        ),
+        ({"OPTIMIZER_OFFLOAD": "0"}, {}, {}),
+    ],
+)
+def test_what_is_traded_for_memory_reaches_the_ranks(planned, monkeypatch, changes, variables, expected):
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert flags(planned("mistral", changed(PRETRAINING, **changes))).memory == MemoryConfig(**expected)
+
+
+def test_every_axis_reaches_the_ranks_and_the_plan_counts_them(planned, monkeypatch):
+    monkeypatch.setenv("MP_PP0_LAYERS", "8")
+    monkeypatch.setenv("MP_VP", "4")
+    axes = {"TP": "2", "PP": "4", "CP": "2", "EP": "2", "MODEL_SIZE": "8x7B", "GLOBAL_BATCH_SIZE": "16", "PR": "fp16"}
+    plan = planned("mistral", changed(PRETRAINING, **axes))
+    run = flags(plan)
+    assert (run.family, run.precision) == ("mixtral", "fp16")
+    assert run.parallel.num_layers_per_virtual_pipeline_stage == 4
+    assert plan["parallel"]["layers_of_stages"] == [8, 8, 8, 8]
+    assert plan["parallel"]["virtual_chunks"] == 2
+    assert (plan["parallel"]["world"], plan["parallel"]["dp"], plan["parallel"]["edp"]) == (16, 1, 1)
 
 
 def test_options_override_derived_flags(planned):
