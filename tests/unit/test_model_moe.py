@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from megatron_patch.config.model import ModelConfig
+from megatron_patch.model.grouped import grouped_product, looped_product
 from megatron_patch.model.moe import Experts
 from megatron_patch.model.router import TopKRouter
 from megatron_patch.parallel.mesh import single_process
@@ -109,3 +110,24 @@ def test_grouped_experts_are_a_loop_over_experts(tokens):
         torch.autograd.grad(found, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True
     ):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float32, 18), (torch.float64, 16)]
+)
+def test_a_grouped_product_is_the_loop_for_every_type_and_width(dtype, width, rows):
+    """Widths of 18 and float64 are what torch's grouped product refuses; the second expert has no row."""
+    generator = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(rows, width, generator=generator), torch.randn(3, width, 24, generator=generator)]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    direction = torch.randn(rows, 24, generator=generator).to(dtype)
+    ends = torch.tensor([4 * rows // 9, 4 * rows // 9, rows], dtype=torch.int32)
+    found, wanted = (
+        [out, *torch.autograd.grad(out, leaves, direction)]
+        for out in (product(*leaves, ends) for product in (grouped_product, looped_product))
+    )
+    for ours, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, reference)
+    by_hand = torch.cat([leaves[0][: ends[0]] @ leaves[1][0], leaves[0][ends[0] :] @ leaves[1][2]])
+    torch.testing.assert_close(wanted[0], by_hand)
