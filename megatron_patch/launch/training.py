@@ -69,7 +69,7 @@ def plan(request: Request) -> dict[str, Any]:
         **sections,
         "environment": _environment(request, ranks),
         "command": [
-            *(sys.executable, "-m", "torch.distributed.run"),
+            *(sys.executable, "-m", "megatron_patch.train.agent"),
             *ranks.options,
             *("-m", "megatron_patch.train", *to_flags(run)),
         ],

@@ -14,7 +14,7 @@ def render(plan: Mapping[str, Any]) -> str:
     width = max(len(key) for section in sections.values() for key in section)
     lines = []
     for name, section in sections.items():
-        shown = _bytes if name == "memory" else _plain
+        shown = in_units if name == "memory" else _plain
         lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
@@ -30,7 +30,8 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _bytes(value: int | None) -> str:
+def in_units(value: int | None) -> str:
+    """A number of bytes as people read it: `3.2 GiB`."""
     if value is None:
         return "unknown"
     unit, name = next(((size, name) for size, name in UNITS if value >= size), (1, "bytes"))

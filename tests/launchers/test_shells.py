@@ -27,7 +27,7 @@ def test_the_documented_pretraining_is_planned(shell, tmp_path):
     schedule = plan["schedule"]
     assert (schedule["train_iters"], schedule["lr_warmup_iters"], schedule["lr_decay_iters"]) == (9, 0, 9)
     assert plan["model"]["parameters"] == 7_241_732_096
-    assert plan["command"][1:3] == ["-m", "torch.distributed.run"]
+    assert plan["command"][1:3] == ["-m", "megatron_patch.train.agent"]
 
 
 def test_the_documented_raw_fine_tuning_is_planned(tmp_path):

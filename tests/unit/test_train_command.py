@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import torch
 
 from megatron_patch.train import __main__ as command
 
@@ -35,7 +36,7 @@ def test_a_broken_rule_ends_the_rank_before_it_joins_the_others(monkeypatch, cap
     assert capsys.readouterr().err.startswith("megatron_patch.train: rank 0: global_batch_size 8 is not a multiple")
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, OverflowError])
+@pytest.mark.parametrize("error", [ValueError, OSError, OverflowError])
 def test_what_the_user_can_mend_is_one_sentence_and_a_failure(monkeypatch, capsys, error):
     started(monkeypatch, error("what to do"))
     assert command.main(FLAGS) == 1
@@ -46,3 +47,35 @@ def test_an_interruption_is_one_sentence_and_the_shells_status(monkeypatch, caps
     started(monkeypatch, KeyboardInterrupt())
     assert command.main(FLAGS) == 130
     assert capsys.readouterr().err == "megatron_patch.train: rank 0: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("what was wanted"),
+        torch.OutOfMemoryError("what was wanted"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "),
+    ],
+)
+def test_without_memory_the_plans_estimate_and_the_arguments_that_lower_it_are_named(monkeypatch, capsys, error):
+    started(monkeypatch, error)
+    assert command.main(FLAGS) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("megatron_patch.train: rank 0: out of memory (") and message.count("\n") == 1
+    for part in (
+        "master_weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "BATCH_SIZE, now 2",
+        "TP, now 1",
+        "AC=full",
+    ):
+        assert part in message
+    assert "enforce fail" not in message
+
+
+def test_a_defect_of_ours_shows_its_traceback(monkeypatch, capsys):
+    started(monkeypatch, KeyError("x"))
+    assert command.main(FLAGS) == 1
+    assert "Traceback" in (message := capsys.readouterr().err) and message.endswith("rank 0: KeyError: 'x'\n")

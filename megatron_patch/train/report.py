@@ -1,0 +1,89 @@
+"""What a rank says when it fails, and which rank's words are the cause when several failed."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+PIPE = "MP_REPORT_FD"  # in a rank's environment: where its agent listens
+LONGEST = 30_000  # characters of a text: a pipe takes 64 KiB without a reader
+KILLED, FAILED, ABORTED, LOST_CONTACT = range(4)  # what is more likely the cause comes first
+
+
+@dataclass(frozen=True)
+class Report:
+    """One sentence; whether it is only that a rank could not be reached; the traceback of what we never expect."""
+
+    text: str
+    is_lost_contact: bool = False
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended: `status` as subprocess has it, negative where a signal killed it."""
+
+    rank: int
+    status: int
+    report: Report | None = None
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of an error's text, without the line of C++ that raised it."""
+    return re.sub(r"^\[[^]]*\] (err == 0\. )?", "", next((line for line in str(error).splitlines() if line), ""))
+
+
+def write_report(report: Report) -> bool:
+    """Tell the agent; False where there is none."""
+    if PIPE not in os.environ:
+        return False
+    short = Report(report.text[:LONGEST], report.is_lost_contact, report.traceback[-LONGEST:])
+    os.write(int(os.environ[PIPE]), json.dumps(asdict(short), ensure_ascii=False).encode("utf-8", "replace")[:65_000])
+    return True
+
+
+def read_report(data: bytes) -> Report | None:
+    """What `write_report` wrote; None where a rank ended without a word."""
+    try:
+        return Report(**json.loads(data))
+    except ValueError:
+        return None
+
+
+def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> tuple[str, str]:
+    """The sentence that names the rank to blame, and its traceback, empty for an error that explains itself.
+
+    `silent`: ranks that still ran when others had given up waiting, with the place in the code where they were.
+    """
+    endings = sorted(endings, key=lambda ending: (_blame(ending), ending.rank))
+    cause = endings[0]
+    ranks = [ending.rank for ending in endings if _words(ending) == _words(cause)]
+    said = f"{_numbers(ranks)} {_words(cause)}"
+    if _blame(cause) >= ABORTED and silent:
+        said = "; ".join([*(f"rank {rank} did not answer{place}" for rank, place in sorted(silent.items())), said])
+    return said, cause.report.traceback if cause.report else ""
+
+
+def _blame(ending: Ending) -> int:
+    if ending.report is not None:
+        return LOST_CONTACT if ending.report.is_lost_contact else FAILED
+    if ending.status == -signal.SIGABRT:  # the end of a rank whose communication library gave up waiting
+        return ABORTED
+    return KILLED if ending.status < 0 else FAILED
+
+
+def _words(ending: Ending) -> str:
+    if ending.report is not None:
+        return ending.report.text
+    if ending.status >= 0:
+        return f"ended with status {ending.status}"
+    hint = ", as the kernel does when memory runs out" if ending.status == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-ending.status).name}{hint}"
+
+
+def _numbers(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, sorted(ranks)))}"
