@@ -1,6 +1,7 @@
 """Micro-batches through a model of several stages: torch's 1F1B schedules, and what they lack of memory and manners."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ class Pipeline:
 
     def __init__(self, chunks: list[GPTModel], mesh: Mesh, precision: str):
         self.chunks, self.mesh, self.precision = chunks, mesh, precision
+        logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)  # prints what it raises
         # Stages of its own for each: those of torch 2.11 give no gradients once they ran without.
         self.training: Schedule | None = None
         self.validation: Schedule | None = None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
-PRELOADED = ["torch._dynamo", "torch._inductor.config", "rank_probes"]  # what a rank would import, once for all
+# What a rank would import, once for all.
+PRELOADED = ["torch._dynamo", "torch._inductor.config", "megatron_patch.train.pipeline", "rank_probes", "tiny_run"]
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
