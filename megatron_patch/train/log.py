@@ -31,7 +31,10 @@ FORMATS = {
     "global batch size": "{:5d}",
     "lm loss": "{:.6E}",
     "load_balancing_loss": "{:.6E}",
+    "seq_load_balancing_loss": "{:.6E}",
     "z_loss": "{:.6E}",
+    "moe/max_load": "{:.2f}",
+    "moe/min_load": "{:.2f}",
     "loss scale": "{:.1f}",
     "grad norm": "{:.3f}",
     "number of skipped iterations": "{:3d}",
@@ -39,7 +42,9 @@ FORMATS = {
     "peak memory (GiB)": "{:.2f}",
 }
 
-Fields: TypeAlias = Mapping[str, float | list[float]]  # a list has one number per layer
+COUNTED = ("number of skipped iterations", "number of nan iterations")  # a console line has all since the one before
+
+Fields: TypeAlias = Mapping[str, float | list[int]]  # lists, such as the tokens of each expert, are for the JSON line
 
 
 class Log:
@@ -51,6 +56,7 @@ class Log:
     def __init__(self, run: RunConfig, mesh: Mesh, kept: int = 0):
         self.run, self.mesh, self.enabled = run, mesh, mesh.rank == 0
         self.file = self.events = None
+        self.counts: Counter[str] = Counter()  # since the last console line
         is_hidden = None if self.enabled else True  # None: except on a terminal
         self.bar = tqdm(total=run.train_iters, initial=kept, unit="it", disable=is_hidden)
         self.flops = training_flops(ALL[run.family], run.model, sample_length(run)) * run.global_batch_size
@@ -81,10 +87,11 @@ class Log:
         if not self.enabled:
             return fields
         fields = self._pace(iteration) | dict(fields) | {"peak memory (GiB)": peak_memory(self.mesh.device) / 2**30}
+        self.counts.update({name: fields[name] for name in COUNTED if name in fields})
         if iteration % self.run.log_interval == 0:
-            shown = " | ".join(
-                f"{name}: {form.format(fields[name])}" for name, form in FORMATS.items() if name in fields
-            )
+            told = fields | self.counts
+            shown = " | ".join(f"{name}: {form.format(told[name])}" for name, form in FORMATS.items() if name in told)
+            self.counts.clear()
             self.say(f" iteration {iteration:8d}/{self.run.train_iters:8d} | {shown} |")
         return fields
 
@@ -131,11 +138,11 @@ class Log:
 
     def _write(self, iteration: int, fields: Fields) -> None:
         if self.file:
-            print(json.dumps({"iteration": iteration, **fields}), file=self.file)
+            print(json.dumps({"iteration": iteration, **fields} | _without_numbers(fields)), file=self.file)
         if self.events:
             for name, value in fields.items():
-                for layer, number in enumerate(value if isinstance(value, list) else [value]):
-                    self.events.add_scalar(f"{name}/{layer}" if isinstance(value, list) else name, number, iteration)
+                if not isinstance(value, list):
+                    self.events.add_scalar(name, value, iteration)
 
 
 def _lines_until(path: Path, iteration: int) -> Iterator[str]:
@@ -148,3 +155,8 @@ def _lines_until(path: Path, iteration: int) -> Iterator[str]:
                 yield line
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
+
+
+def _without_numbers(fields: Fields) -> dict[str, None]:
+    """What is not finite, as JSON says it."""
+    return {name: None for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)}

@@ -19,6 +19,7 @@ from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
 from megatron_patch.train.passes import Passes, build_passes
 from megatron_patch.train.resume import Beginning, begin, find_beginning
+from megatron_patch.train.routing import router_fields
 from megatron_patch.train.save import Saver, claimed_output
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.step import check_finite, evaluate, train_step
@@ -71,7 +72,8 @@ def _iterate(training: Training, log: Log, saver: Saver, iteration: int, micro_b
     rate = learning_rate(run.optimizer, iteration - 1)
     set_learning_rate(training.optimizer, rate)
     result = train_step(run, training.passes, training.optimizer, training.entries, micro_batches, training.mesh, scale)
-    fields = log.iteration(iteration, {"learning rate": rate} | result.fields())
+    routing = router_fields(training.passes.chunks, training.mesh)
+    fields = log.iteration(iteration, {"learning rate": rate} | result.fields() | routing)
     check_finite(iteration, result)
     is_validated = _due(run, iteration, run.eval_interval)
     validation = evaluate(training.passes, training.validation, training.mesh) if is_validated else None
