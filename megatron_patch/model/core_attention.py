@@ -18,7 +18,7 @@ from megatron_patch.model.activations import Keep, kept
 from megatron_patch.parallel.mesh import Axis
 from megatron_patch.parallel.zigzag import held
 
-BLOCK = 512  # queries that share a mask, where the window is wider or there is none
+BLOCK = 256  # queries that share a mask, where the window is wider or there is none
 
 
 @dataclass(frozen=True)
