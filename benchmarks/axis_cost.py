@@ -4,8 +4,8 @@
 
 One process and the two ranks take turns over the same global batch, weights and optimizer, float32, one thread each.
 The ratio is (time of two ranks) / (time of one process / 2): 1 is ideal. A pipeline of 2 stages and 8 micro-batches
-stands still for a ninth of its time, so that its ideal is 1.13. The vocabulary is small, so that the output layer weighs
-beside the layers about what it does in a 7B model.
+stands still for a ninth of its time, so that its ideal is 1.13. The vocabulary is small, so that the output layer is
+about as heavy beside the layers as in a 7B model.
 """
 
 import argparse

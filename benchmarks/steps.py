@@ -18,7 +18,8 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
-from megatron_patch.model.build import build_model
+from megatron_patch.model.build import DTYPES, build_model
+from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
@@ -64,11 +65,17 @@ def our_step(run: RunConfig, source: Source, tokens: Tensor, mesh: Mesh) -> Step
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
     load_weights(chunks, entries, source, mesh)
     optimizer, passes = build_optimizer(run.optimizer, chunks), build_passes(chunks, mesh, run.precision)
-    size = run.micro_batch_size
+    kernel = resolve_kernel(run.model, mesh, DTYPES[run.precision], fastest=run.use_flash_attn)
+    scale, size = LossScale.of(run.precision), run.micro_batch_size
     shares = tokens.split(size)[mesh.dp.rank :: mesh.dp.size]
     ones = torch.ones(size, tokens.shape[1] - 1)
     batches = [Batch(share[:, :-1].contiguous(), share[:, 1:].contiguous(), ones) for share in shares]
-    return lambda: train_step(run, passes, optimizer, entries, batches, mesh, LossScale.of(run.precision)).loss
+
+    def step() -> float:
+        with using(kernel, chunks):
+            return train_step(run, passes, optimizer, entries, batches, mesh, scale).loss
+
+    return step
 
 
 def peer_step(peer: PreTrainedModel, tokens: Tensor) -> Step:
