@@ -1,7 +1,8 @@
 """The training loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,9 @@ from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import DTYPES, build_model
 from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.agreement import host_group
+from megatron_patch.parallel.collectives import max_
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.train.finite import Streak, origin
 from megatron_patch.train.log import Log
 from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
@@ -22,7 +25,10 @@ from megatron_patch.train.resume import Beginning, begin, find_beginning
 from megatron_patch.train.routing import router_fields
 from megatron_patch.train.save import Saver, claimed_output
 from megatron_patch.train.schedule import learning_rate
-from megatron_patch.train.step import check_finite, evaluate, train_step
+from megatron_patch.train.shared_output import check_shared
+from megatron_patch.train.signals import noted
+from megatron_patch.train.step import StepResult, backward, evaluate, train_step
+from megatron_patch.train.watch import LossWatch, first_loss_warning
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     scale: LossScale
     validation: Iterable[list[Batch]]
+    streak: Streak
+    watch: LossWatch
 
 
 def train(run: RunConfig, mesh: Mesh) -> None:
@@ -47,39 +55,79 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
     kernel = resolve_kernel(run.model, mesh, DTYPES[run.precision], fastest=run.use_flash_attn)
     passes, optimizer = build_passes(chunks, mesh, run.precision), build_optimizer(run.optimizer, chunks)
-    training = Training(run, mesh, entries, passes, optimizer, _loss_scale(run, beginning), validation)
+    scale, streak = _loss_scale(run, beginning), Streak(run.max_nonfinite_steps)
+    training = Training(run, mesh, entries, passes, optimizer, scale, validation, streak, LossWatch())
     with claimed_output(run, mesh, group):
+        check_shared(Path(run.checkpoint.save), group)
         lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
         log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
         for line in (*lines, f"attention: {kernel.description}"):
             log.say(f" {line}")
         saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
         try:
-            with using(kernel, chunks):
+            with using(kernel, chunks), noted() as is_stop_asked:
                 if beginning.checkpoint is None:
                     log.before_training(evaluate(passes, validation, mesh))
                 for iteration, micro_batches in enumerate(batches, beginning.iteration + 1):
-                    _iterate(training, log, saver, iteration, micro_batches)
+                    if _iterate(training, log, saver, iteration, micro_batches, is_stop_asked):
+                        log.say(f" asked to stop: iteration {iteration} is the last; the same command goes on from it")
+                        break
         finally:
             saver.wait()
         saver.finish()
     log.close()
 
 
-def _iterate(training: Training, log: Log, saver: Saver, iteration: int, micro_batches: list[Batch]) -> None:
-    """One iteration: the step, and what is due after it."""
+def _iterate(
+    training: Training,
+    log: Log,
+    saver: Saver,
+    iteration: int,
+    micro_batches: list[Batch],
+    is_stop_asked: Callable[[], bool],
+) -> bool:
+    """One iteration: the step, and what is due after it. Returns whether a rank was asked to stop."""
     run, scale = training.run, training.scale
     rate = learning_rate(run.optimizer, iteration - 1)
     set_learning_rate(training.optimizer, rate)
     result = train_step(run, training.passes, training.optimizer, training.entries, micro_batches, training.mesh, scale)
     routing = router_fields(training.passes.chunks, training.mesh)
     fields = log.iteration(iteration, {"learning rate": rate} | result.fields() | routing)
-    check_finite(iteration, result)
+    _look_at(training, log, iteration, result, micro_batches)
     is_validated = _due(run, iteration, run.eval_interval)
     validation = evaluate(training.passes, training.validation, training.mesh) if is_validated else None
     log.finish(iteration, fields, validation)
-    if _due(run, iteration, run.checkpoint.save_interval):
+    is_stopping = _on_any_rank(is_stop_asked(), training.mesh)
+    is_doubtful = training.streak.length > 0 and iteration < run.train_iters  # older weights may be the better ones
+    if is_stopping or (_due(run, iteration, run.checkpoint.save_interval) and not is_doubtful):
         saver.save(iteration, {"loss_scale": asdict(scale)})
+    return is_stopping
+
+
+def _look_at(training: Training, log: Log, iteration: int, result: StepResult, micro_batches: list[Batch]) -> None:
+    """Say what a person should know of the step's loss. Raises ValueError when too many in a row were not finite."""
+    run, streak, mesh, scale = training.run, training.streak, training.mesh, training.scale
+    streak.add(result, scale)
+    warnings = [training.watch.warning(result.loss)]
+    if iteration == 1 and run.checkpoint.load is not None:
+        warnings.append(first_loss_warning(result.loss, run.model.vocab_size))
+    if streak.length:
+        warnings.append(f"the loss is {result.loss}, the gradient norm {result.gradient_norm}: the step is skipped")
+    for warning in filter(None, warnings):
+        log.say(f" warning: iteration {iteration}: {warning}")
+    if streak.is_over:
+        where = origin(
+            training.passes.chunks, mesh, lambda: backward(training.passes, micro_batches, mesh, result.loss_scale)
+        )
+        raise ValueError(
+            f"iteration {iteration} is number {streak.length} in a row that is not finite (loss {result.loss}, "
+            f"gradient norm {result.gradient_norm}): {where}. Weights are as before them; lower LR, or check the data "
+            "and the start weights"
+        )
+
+
+def _on_any_rank(flag: bool, mesh: Mesh) -> bool:
+    return bool(max_(torch.tensor(float(flag), device=mesh.device), mesh.world))
 
 
 def _loss_scale(run: RunConfig, beginning: Beginning) -> LossScale:

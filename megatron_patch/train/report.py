@@ -60,7 +60,7 @@ def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> tuple[str, 
     endings = sorted(endings, key=lambda ending: (_blame(ending), ending.rank))
     cause = endings[0]
     ranks = [ending.rank for ending in endings if _words(ending) == _words(cause)]
-    said = f"{_numbers(ranks)} {_words(cause)}"
+    said = f"{_numbers(ranks)}{_words(cause)}"
     if _blame(cause) >= ABORTED and silent:
         said = "; ".join([*(f"rank {rank} did not answer{place}" for rank, place in sorted(silent.items())), said])
     return said, cause.report.traceback if cause.report else ""
@@ -76,11 +76,11 @@ def _blame(ending: Ending) -> int:
 
 def _words(ending: Ending) -> str:
     if ending.report is not None:
-        return ending.report.text
+        return f": {ending.report.text}"
     if ending.status >= 0:
-        return f"ended with status {ending.status}"
+        return f" ended with status {ending.status}"
     hint = ", as the kernel does when memory runs out" if ending.status == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-ending.status).name}{hint}"
+    return f" was killed by {signal.Signals(-ending.status).name}{hint}"
 
 
 def _numbers(ranks: list[int]) -> str:

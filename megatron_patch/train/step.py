@@ -28,13 +28,24 @@ class StepResult:
     loss_scale: float = 1.0
 
     @property
+    def is_loss_finite(self) -> bool:
+        """Of a loss that is not, nothing is learned by another loss scale."""
+        return math.isfinite(self.loss)
+
+    @property
     def is_finite(self) -> bool:
-        """Whether weights were updated: no rank found NaN or infinity."""
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+        """Whether weights were updated: no rank found NaN or infinity. Loss and norm are the same on every rank."""
+        return self.is_loss_finite and math.isfinite(self.gradient_norm)
 
     def fields(self) -> dict[str, float]:
         """What the log shows of it, by Megatron's names."""
-        return {"lm loss": self.loss, "loss scale": self.loss_scale, "grad norm": self.gradient_norm}
+        return {
+            "lm loss": self.loss,
+            "loss scale": self.loss_scale,
+            "grad norm": self.gradient_norm,
+            "number of skipped iterations": int(not self.is_finite),
+            "number of nan iterations": int(not self.is_loss_finite),
+        }
 
 
 def train_step(
@@ -63,15 +74,6 @@ def train_step(
         optimizer.step()
     scale.update(result.is_finite)
     return result
-
-
-def check_finite(iteration: int, result: StepResult) -> None:
-    """Raise ValueError once the weights are spoiled: what stands on disk is better than anything saved from now on."""
-    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
-        raise ValueError(
-            f"iteration {iteration}: the loss is {result.loss} and the gradient norm {result.gradient_norm}; "
-            "nothing more is saved. Lower LR, or check the data and the start weights"
-        )
 
 
 def backward(passes: Passes, micro_batches: list[Batch], mesh: Mesh, loss_scale: float = 1.0) -> Tensor:

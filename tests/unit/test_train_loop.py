@@ -116,11 +116,15 @@ def test_checkpoints_and_validations_are_due_at_their_intervals_and_at_the_end(r
     assert [line["iteration"] for line in lines(run) if "validation lm loss" in line] == [0, 2, 3]
 
 
-def test_a_run_whose_weights_are_spoiled_ends_and_keeps_what_was_saved(run):
+def test_a_run_that_has_lost_its_way_ends_with_the_module_where_it_shows_and_keeps_what_was_saved(run):
     wild = dataclasses.replace(run.optimizer, lr=1e30, lr_warmup_iters=0)
-    with pytest.raises(ValueError, match=r"iteration \d: the loss is .* nothing more is saved"):
-        train(dataclasses.replace(run, optimizer=wild), single_process())
-    assert [line["iteration"] for line in lines(run)[1:]] == iterations_saved(run) == [1]
+    with pytest.raises(
+        ValueError, match=r"iteration 3 is number 2 in a row .* the output of decoder.layers.0, on rank 0"
+    ):
+        train(dataclasses.replace(run, optimizer=wild, max_nonfinite_steps=2), single_process())
+    assert iterations_saved(run) == [1]
+    assert [line["lm loss"] is None for line in lines(run)[1:]] == [False, True]
+    assert [line["number of skipped iterations"] for line in lines(run)[1:]] == [0, 1]
 
 
 def start(tmp_path, **changed):
