@@ -95,12 +95,11 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     still = x.shape[-1] - 2 * cos.shape[-1]
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    out[..., :still] = x[..., :still]
+    out = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     first, second = _pairs(x[..., still:], interleaved)
     out_first, out_second = _pairs(out[..., still:], interleaved)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    out_first.mul_(cos).addcmul_(second, sin, value=-1)
+    out_second.mul_(cos).addcmul_(first, sin)
     return out.to(x.dtype)
 
 
