@@ -19,8 +19,9 @@ def memory(run: RunConfig, entries: list[Entry], grid: Grid) -> dict[str, int]:
 
     Master weights, gradients and both moments are float32, sharded over data-parallel ranks by rows (the last shard
     padded) with the distributed optimizer. The working copy is what the layers compute with; one process that
-    computes in float32 uses the master weights themselves. Experts are sharded whole, as rows; routers compute in
-    float32. Activations are an estimate.
+    computes in float32 uses the master weights themselves. Over several micro-batches gradients accumulate in float32
+    beside the working copy, as whole as it, and are added up over ranks once. Experts are sharded whole, as rows;
+    routers compute in float32. Activations are an estimate.
     """
     stages = resolve_stages(run.model.num_layers, run.parallel)
     of_stages = [
@@ -47,7 +48,7 @@ def _entries_of(entries: list[Entry], run: RunConfig, stages: list[list[range]],
 
 
 def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid, chunks: list[range]) -> dict[str, int]:
-    held = copied = offloaded = 0
+    held = copied = whole = offloaded = 0
     on_host = {layer for chunk in chunks for layer in chunk[: run.memory.layers_on_host(len(chunk))]}
     for entry in entries:
         if entry.expert:
@@ -58,16 +59,19 @@ def _stage_memory(run: RunConfig, entries: Iterator[Entry], grid: Grid, chunks: 
         replicas = grid.edp if is_expert else grid.dp_cp
         shards = replicas if run.parallel.use_distributed_optimizer else 1
         elements = _shard_elements(shape, shards)
+        whole += elements * shards
         copied += elements * shards * (FP32 if entry.mcore.endswith(ROUTER) else BYTES[run.precision])
         if run.memory.is_all_on_host or entry.layer in on_host:
             offloaded += elements
         else:
             held += elements
+    is_accumulating = run.global_batch_size > run.micro_batch_size * grid.dp
     has_copy = grid.dp_cp > 1 or grid.edp > 1 or run.precision != "fp32" or offloaded
     return {
         "master_weights": held * FP32,
         "working_copy": copied if has_copy else 0,
         "gradients": held * FP32,
+        "accumulated_gradients": whole * FP32 if has_copy and is_accumulating else 0,
         "optimizer": held * FP32 * ADAM_MOMENTS,
         "host": offloaded * FP32 * (2 + ADAM_MOMENTS),
     }
