@@ -115,7 +115,10 @@ def test_only_the_distributed_optimizer_shards_memory(tmp_path, flag, shards):
     assert section["master_weights"] == 4 * elements
     assert section["optimizer"] == 8 * elements
     assert section["working_copy"] == 2 * elements * shards
-    assert section["accumulated_gradients"] == 4 * elements * shards
+    many = memory(
+        dataclasses.replace(whole, global_batch_size=64), entries, Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=4)
+    )
+    assert many["accumulated_gradients"] == 4 * elements * shards
     alone = dataclasses.replace(whole, global_batch_size=4 * whole.micro_batch_size)
     one_each = Grid(tp=1, cp=1, ep=1, pp=1, etp=1, world=4)
     assert memory(alone, entries, one_each)["accumulated_gradients"] == 0
