@@ -3,7 +3,6 @@
 Its layers are Transformer Engine's where that is installed, as its users have it, else its own.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -100,7 +99,8 @@ def configuration(config: ModelConfig, precision: str):
         fp8="hybrid" if precision == "fp8" else None,
         bias_activation_fusion=HAS_ENGINE,
         apply_rope_fusion=HAS_ENGINE and not config.is_mla,
-        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=True,
+        gradient_accumulation_fusion=False,  # needs Apex
         use_cpu_initialization=not torch.cuda.is_available(),
     )
 
@@ -110,10 +110,7 @@ def build(config: ModelConfig, settings, length: int):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    options = {"normalization": "RMSNorm"}
-    if "normalization" not in inspect.signature(get_gpt_decoder_block_spec).parameters:
-        options = {}
-    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=HAS_ENGINE, **options)
+    spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=HAS_ENGINE, normalization="RMSNorm")
     return GPTModel(
         config=settings,
         transformer_layer_spec=spec,

@@ -43,6 +43,7 @@ LAYOUTS = (  # (model, ranks, layout)
     ("llama", 4, "tp2 pp2"),
     ("llama", 4, "pp2 vp1"),
     ("llama", 4, "pp2 first3 layers5"),
+    ("llama", 2, "pp2 vp1 first4 layers6"),
     ("llama", 4, "replicated packed"),
     ("llama", 8, ""),
     ("llama", 8, "pp4 replicated"),
@@ -76,6 +77,7 @@ LAYOUTS = (  # (model, ranks, layout)
     ("mixtral", 4, "pp2 cp2 ep2 packed"),
     ("mixtral", 8, "tp2 ep4"),
     ("mixtral", 8, "tp2 sp ep4"),
+    ("mixtral", 8, "tp4 sp ep2"),
     ("mixtral", 8, "tp2 sp pp2 ep2"),
     ("mixtral", 8, "tp2 sp cp2 ep4 etp1"),
     # A softmax over all experts, and a shared expert behind a gate.
@@ -90,6 +92,7 @@ LAYOUTS = (  # (model, ranks, layout)
     ("qwen1_5_moe", 8, "ep8"),
     ("qwen1_5_moe", 8, "tp2 ep4 etp1"),
     ("qwen1_5_moe", 8, "tp2 sp ep4"),
+    ("qwen1_5_moe", 8, "tp2 sp cp4 ep8 etp1"),
     ("qwen1_5_moe tied", 4, "pp2 ep2"),
     ("qwen1_5_moe tied", 8, "tp2 sp pp2 vp1 ep2"),
     # Latent attention, a dense first layer, experts limited to groups; lite: neither query compression nor groups.
@@ -104,6 +107,7 @@ LAYOUTS = (  # (model, ranks, layout)
     ("deepseek_v2", 4, "cp2 ep4 packed"),
     ("deepseek_v2", 4, "pp2 vp1 ep2"),
     ("deepseek_v2", 4, "tp2 sp cp2"),
+    ("deepseek_v2", 8, "pp4 ep2"),
     ("deepseek_v2", 8, "tp2 ep4"),
     ("deepseek_v2", 8, "tp2 sp ep4 etp1"),
     ("deepseek_v2", 8, "tp2 sp pp2 cp2 ep2"),

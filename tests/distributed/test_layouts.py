@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +16,10 @@ from layout_step import (
     run_config,
     start,
 )
-from layouts import LAYOUTS, trial
+from layouts import LAYOUTS
+from layouts import trial as trial_of
 from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.config.checks import problems
-from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.plan.memory import memory
@@ -35,40 +34,37 @@ SHALLOW = dataclasses.replace(MISTRAL, num_layers=2)
 THREE_EXPERTS = dataclasses.replace(QWEN_MOE, num_layers=2, num_moe_experts=3, moe_router_topk=2)
 
 
-def layout(tp: int, sp: bool, do: bool) -> ParallelConfig:
-    return ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp, use_distributed_optimizer=do)
-
-
 @pytest.mark.parametrize(
-    ("name", "parallel", "world"),
+    "line",
     [
-        ("mistral", layout(2, False, True), 2),
-        ("llama", layout(1, False, False), 2),
-        ("qwen1_5 tied", layout(2, True, True), 4),
+        ("llama", 2, "replicated"),
+        ("mistral", 4, "tp2 sp cp2 packed"),
+        ("qwen1_5 tied", 4, "tp2 sp pp2"),
+        ("mixtral", 4, "pp2 vp1 ep2"),
     ],
+    ids=str,
 )
-def test_a_layout_has_the_loss_and_gradients_of_one_process(name, parallel, world):
-    check_as_one_process(Trial(name, parallel, world))
+def test_a_layout_has_the_loss_and_gradients_of_one_process(line):
+    check_as_one_process(trial_of(*line))
 
 
 def test_data_parallel_experts_have_the_loss_and_gradients_of_one_process():
-    trial = Trial("qwen1_5_moe", layout(1, False, True), 2, model=THREE_EXPERTS)
+    trial = Trial("qwen1_5_moe", world=2, model=THREE_EXPERTS)
     check_as_one_process(trial)
     alone = one_process(trial.alone)
     assert alone.norm**2 == pytest.approx(sum(g.square().sum().item() for g in alone.gradients.values()), rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", [layout(2, True, True), layout(2, False, False)], ids=["sharded", "replicated"])
-def test_three_optimizer_steps_end_at_the_same_parameters(parallel):
-    check_as_one_process(Trial("mistral", parallel, 4, steps=3, dtype=torch.float64, model=SHALLOW))
+@pytest.mark.parametrize("line", [("mistral", 4, "tp2 sp"), ("deepseek_v2", 2, "tp2 ep2 etp1")], ids=str)
+def test_three_optimizer_steps_end_at_the_same_parameters(line):
+    check_as_one_process(trial_of(*line, steps=3, dtype=torch.float64))
 
 
 def test_a_router_computes_in_float32_in_a_bf16_model_and_memory_is_planned_so():
     trial = Trial("qwen1_5_moe", world=2, precision="bf16", model=THREE_EXPERTS)
     (dtypes, held, unsharded), _ = run_ranks(bf16_shards, 2, trial)
     assert dtypes == [torch.float32] * 2
-    run = SimpleNamespace(model=trial.config, parallel=trial.parallel, precision="bf16")
-    planned = memory(run, trial.entries, trial.grid)
+    planned = memory(run_config(trial), trial.entries, trial.grid)
     assert (planned["master_weights"], planned["working_copy"]) == (held, unsharded)
 
 
@@ -105,7 +101,7 @@ def test_vocabulary_padding_takes_no_part_in_the_softmax():
 @pytest.fixture
 def four_ranks() -> tuple[Trial, list[Outcome]]:
     """What two tensor-parallel ranks and their replicas would find if every one of them were right."""
-    trial = Trial("qwen1_5 tied", layout(2, False, True), 4)
+    trial = trial_of("qwen1_5 tied", 4, "tp2")
     alone = one_process(trial.alone)
 
     def pieces(rank: int, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -151,7 +147,7 @@ def test_packed_samples_have_another_loss():
 
 
 def test_the_table_has_sixty_layouts_and_six_of_every_family_that_the_trainer_accepts():
-    trials = [trial(*line) for line in LAYOUTS]
+    trials = [trial_of(*line) for line in LAYOUTS]
     families = Counter(each.name.split()[0] for each in trials)
     assert len(set(LAYOUTS)) == len(LAYOUTS) >= 60
     assert families.keys() == ALL.keys() and min(families.values()) >= 6
