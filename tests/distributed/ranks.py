@@ -26,7 +26,8 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(function, arguments, rank, world, folder)) for rank in range(world)
+            context.Process(target=run_on_rank, args=(function, arguments, rank, world, folder))
+            for rank in range(world)
         ]
         for process in processes:
             process.start()
@@ -54,7 +55,8 @@ def _wait(processes: list[multiprocessing.Process], folder: str) -> None:
         raise AssertionError(f"ranks {late} did not finish within {TIMEOUT:.0f} s; exit codes {codes}")
 
 
-def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, folder: str) -> None:
+def run_on_rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, folder: str) -> None:
+    """What a rank's process does; it leaves its result, or its traceback, in `folder`."""
     import torch
     import torch.distributed as dist
 

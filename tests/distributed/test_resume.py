@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kill_rounds import kill_rounds
 from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
@@ -148,3 +149,7 @@ def train_with_a_full_disk(run, world: int) -> list[str]:
     loop.Saver = Recorded
     train_on_ranks(run, world)
     return said
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_its_last_complete_checkpoint(tmp_path):
+    assert len(kill_rounds(tmp_path, rounds=2)) == 2
