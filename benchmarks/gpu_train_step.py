@@ -217,9 +217,9 @@ def product_seconds(size: int, precision: str, device: torch.device, rounds: int
 def shape(case: Case, is_tiny: bool) -> ModelConfig:
     """The architecture of `case`."""
     config = ALL[case.family].config(ALL[case.family].sizes[case.size])
-    small = {}
+    small = {"moe_router_load_balancing_type": "none"}  # as transformers, unless asked
     if is_tiny:
-        small = TINY | {"num_query_groups": 4 if config.is_mla else 2}
+        small |= TINY | {"num_query_groups": 4 if config.is_mla else 2}
         small |= TINY_EXPERTS if config.num_moe_experts else {}
         small |= TINY_LATENT if config.is_mla else {}
     return dataclasses.replace(config, num_layers=2 if is_tiny else case.layers, **small)

@@ -7,6 +7,7 @@ its users have on a CPU (eager), and with its fastest (grouped_mm). A ratio abov
 """
 
 import argparse
+import dataclasses
 import datetime
 import platform
 import sys
@@ -110,6 +111,7 @@ def side_by_side(family: str, shape: PretrainedConfig, tokens: torch.Tensor) -> 
     with tempfile.TemporaryDirectory() as directory:
         AutoModelForCausalLM.from_config(shape).save_pretrained(directory)
         config = ALL[family].config(read_config(Path(directory)))
+        config = dataclasses.replace(config, moe_router_load_balancing_type="none")  # as transformers, unless asked
         run = run_config(family, config, length=tokens.shape[1] - 1, samples=len(tokens), micro_batch=len(tokens))
         steps = {"ours": our_step(run, open_checkpoint(directory, ALL[family], config), tokens, mesh)}
         for experts in ("eager", "grouped_mm") if family in WITH_EXPERTS else ("",):
