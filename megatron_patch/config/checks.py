@@ -8,6 +8,8 @@ from megatron_patch.config.run import RunConfig
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
 
 OPTIONAL_SIZES = "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage decoder_first_pipeline_num_layers"
+LARGEST_SEED = 2**32 - 1  # NumPy's
+SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 0.01, 10080  # minutes; a week
 
 
 def check(run: RunConfig, world: int) -> None:
@@ -54,13 +56,12 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (parallel, _given(parallel, OPTIONAL_SIZES)),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
-        (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters"),
+        (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters max_nonfinite_steps"),
     )
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
         (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
-        (run.data, "seed"),
         (run.checkpoint, "keep_last"),
         (run.memory, "cpu_offloading_num_layers"),
     )
@@ -68,12 +69,13 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
         (model, "low_freq_factor high_freq_factor beta_fast beta_slow"),
         (optimizer, "adam_eps"),
-        (parallel, "distributed_timeout_minutes"),
     )
     yield from _each(at_least_one, lambda value: value >= 1, "must be at least 1")
     yield from _each(at_least_zero, lambda value: 0 <= value < float("inf"), "must be 0 or more")
     yield from _each(above_zero, lambda value: 0 < value < float("inf"), "must be more than 0")
-    yield from _each(((run.memory, "optimizer_offload_fraction"),), lambda value: 0 <= value <= 1, "must be 0 to 1")
+    yield from _between(run.memory, "optimizer_offload_fraction", 0, 1)
+    yield from _between(run.data, "seed", 0, LARGEST_SEED)
+    yield from _between(parallel, "distributed_timeout_minutes", SHORTEST_TIMEOUT, LONGEST_TIMEOUT)
     yield from _each(
         ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
     )
@@ -102,6 +104,10 @@ def _each(fields: Iterable[tuple[object, str]], holds: Callable[[float], bool], 
         for name in names.split():
             value = getattr(owner, name)
             yield holds(value), f"{name} {value} {must}"
+
+
+def _between(owner: object, name: str, least: float, most: float) -> Iterator[Rule]:
+    return _each(((owner, name),), lambda value: least <= value <= most, f"must be {least} to {most}")
 
 
 def _division(run: RunConfig, world: int) -> Iterator[Rule]:
@@ -287,6 +293,14 @@ def _optimization(run: RunConfig) -> Iterator[Rule]:
 
 
 def _inputs(run: RunConfig) -> Iterator[Rule]:
+    paths = (
+        (run.checkpoint, "save load"),
+        (run.data, "tokenizer_model data_cache_path"),
+        (run, "tensorboard_dir log_file"),
+    )
+    for owner, names in paths:
+        for name in names.split():
+            yield getattr(owner, name) != "", f"{name} '' is empty: name a path, or leave the option out"
     yield (
         run.checkpoint.load is not None or run.data.tokenizer_model is not None,
         "without a checkpoint to load, --tokenizer-model must name the tokenizer's directory",

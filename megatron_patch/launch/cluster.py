@@ -1,4 +1,4 @@
-"""How many ranks, on which nodes, and the torchrun options that start them."""
+"""How many ranks, on which nodes, and the options of the agent that starts them."""
 
 import os
 import re
@@ -13,11 +13,12 @@ VISIBLE = {
     "davinci": ("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES"),
     "kfd": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
 }
+LARGEST_PORT = 2**16 - 1
 KFD_NODES = "sys/class/kfd/kfd/topology/nodes"
 
 
 class Cluster:
-    """Ranks of a run: their number, how it was found, and torchrun's options."""
+    """Ranks of a run: their number, how it was found, and the agent's options."""
 
     __slots__ = ("counted", "options", "ranks_per_node", "world")
 
@@ -51,8 +52,11 @@ def many_nodes(environ: Mapping[str, str]) -> Cluster:
     nodes, rank = _read(environ, "WORLD_SIZE", count), _read(environ, "RANK", whole)
     if rank >= nodes:
         raise UsageError(f"environment variable RANK is {rank}; allowed: 0 to {nodes - 1} (WORLD_SIZE counts nodes)")
+    port = _read(environ, "MASTER_PORT", count)
+    if port > LARGEST_PORT:
+        raise UsageError(f"environment variable MASTER_PORT is {port}; allowed: 1 to {LARGEST_PORT}")
     options = ["--nnodes", str(nodes), "--node-rank", str(rank)]
-    options += ["--master-addr", environ["MASTER_ADDR"], "--master-port", str(_read(environ, "MASTER_PORT", count))]
+    options += ["--master-addr", environ["MASTER_ADDR"], "--master-port", str(port)]
     return Cluster(nodes, _read(environ, ranks, count), f"WORLD_SIZE × {ranks}", options)
 
 

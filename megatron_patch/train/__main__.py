@@ -75,5 +75,4 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
-        os._exit(status)  # without waiting for communication that will never complete
+    os._exit(status)  # the interpreter's own end would wait for communication that may never complete

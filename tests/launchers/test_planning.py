@@ -218,6 +218,7 @@ def test_several_nodes_are_what_the_cluster_says():
         ({"MASTER_ADDR": None, "RANK": None}, "needs in the environment: RANK, MASTER_ADDR"),
         ({"NPROC_PER_NODE": None}, "needs in the environment: NPROC_PER_NODE"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; allowed: a whole number ≥ 1"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; allowed: 1 to 65535"),
         ({"RANK": "2"}, "RANK is 2; allowed: 0 to 1"),
     ],
 )
