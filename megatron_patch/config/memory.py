@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from megatron_patch.config.setting import setting
 
+ROUNDING = 1e-6  # of a share: 7 layers of 25 are 0.28 of them, and 0.28 · 25 is a little more than 7
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
@@ -28,7 +30,9 @@ class MemoryConfig:
 
     def layers_on_host(self, layers: int) -> int:
         """How many of a pipeline chunk's first `layers` keep master weights and optimizer state in host memory."""
-        return math.ceil(self.optimizer_offload_fraction * layers) if self.optimizer_offload_policy == "static" else 0
+        if self.optimizer_offload_policy != "static":
+            return 0
+        return math.ceil(self.optimizer_offload_fraction * layers - ROUNDING)
 
     @property
     def is_all_on_host(self) -> bool:

@@ -32,6 +32,9 @@ class RunConfig:
         choices=("bf16", "fp16", "fp8", "fp32"),
     )
     use_flash_attn: bool = setting("fastest attention kernel available; off: the plain one", True)
+    torch_compile: str = setting(
+        "layers compiled at their first step; auto: on CUDA only", "auto", choices=("auto", "on", "off")
+    )
     max_nonfinite_steps: int = setting("steps in a row with NaN or infinity, each skipped, that end the run", 10)
     log_interval: int = setting("iterations between console lines", 1)
     eval_interval: int = setting("iterations between validations", 10000)

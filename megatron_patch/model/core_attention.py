@@ -8,7 +8,7 @@ rank has L queries and, once they are gathered, all keys. A run is a range of co
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,14 @@ class CoreAttention(nn.Module):
 
     def forward(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None = None) -> Tensor:
         """Keys and values are of the whole sample, in order; queries are those of this rank → [B, N, L, D]."""
-        return self.keep(self._visible, q_BNLD, k_BGSD, v_BGSD, packed)
+        if packed is None and self.keep is kept:
+            return self._whole(q_BNLD, k_BGSD, v_BGSD)
+        return self._uncompiled(q_BNLD, k_BGSD, v_BGSD, packed)
+
+    @torch.compiler.disable
+    def _uncompiled(self, *arguments: Any) -> Tensor:
+        """Segments are other slices in each batch, and recomputing is autograd's work: neither has one graph."""
+        return self.keep(self._visible, *arguments)
 
     def _visible(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
         if packed is None:

@@ -1,7 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from megatron_patch.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import DTYPES, build_model
+from megatron_patch.model.compilation import compile_layers, is_compiled
 from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.agreement import host_group
 from megatron_patch.parallel.collectives import max_
@@ -19,6 +20,7 @@ from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.finite import Streak, origin
 from megatron_patch.train.log import Log
 from megatron_patch.train.loss_scale import LossScale
+from megatron_patch.train.offload import described, resolve_offload
 from megatron_patch.train.optimizer import build_optimizer, set_learning_rate
 from megatron_patch.train.passes import Passes, build_passes
 from megatron_patch.train.resume import Beginning, begin, find_beginning
@@ -52,7 +54,10 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     beginning = find_beginning(run, group)
     run = beginning.settled(run)
     batches, validation = _batches(run, mesh, beginning.iteration)
+    run = replace(run, memory=resolve_offload(run, entries, mesh.grid, mesh.device))
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
+    if is_compiled(run.torch_compile, mesh.device):
+        compile_layers(chunks)
     kernel = resolve_kernel(run.model, mesh, DTYPES[run.precision], fastest=run.use_flash_attn)
     passes, optimizer = build_passes(chunks, mesh, run.precision), build_optimizer(run.optimizer, chunks)
     scale, streak = _loss_scale(run, beginning), Streak(run.max_nonfinite_steps)
@@ -61,7 +66,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
         check_shared(Path(run.checkpoint.save), group)
         lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
         log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
-        for line in (*lines, f"attention: {kernel.description}"):
+        for line in (*lines, *described(run), f"attention: {kernel.description}"):
             log.say(f" {line}")
         saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
         try:

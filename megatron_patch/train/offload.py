@@ -8,7 +8,8 @@ from megatron_patch.config.memory import MemoryConfig
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.parallel.grid import Grid
-from megatron_patch.plan.memory import memory
+from megatron_patch.parallel.stages import resolve_stages
+from megatron_patch.plan.memory import memory as planned_memory
 
 USABLE = 0.9  # of a device's memory: the rest is for kernels, communication and fragments
 
@@ -19,8 +20,18 @@ def resolve_offload(run: RunConfig, entries: list[Entry], grid: Grid, device: to
         return run.memory
     if device.type == "cpu":
         return dataclasses.replace(run.memory, optimizer_offload_policy="none")
-    _, total = torch.get_device_module(device).mem_get_info(device)
+    _, total = torch.get_device_module(device).mem_get_info()
     return fitting(run, entries, grid, int(total * USABLE))
+
+
+def described(run: RunConfig) -> list[str]:
+    """What the log says of `run.memory`: a line if anything is moved."""
+    layers, stages = run.model.num_layers, resolve_stages(run.model.num_layers, run.parallel)
+    moved = sum(run.memory.layers_on_host(len(chunk)) for chunks in stages for chunk in chunks)
+    if not moved:
+        return []
+    rest = ", embedding and output layer" if run.memory.is_all_on_host else ""
+    return [f"offload: master weights and optimizer state of {moved} of {layers} layers{rest} stand in host memory"]
 
 
 def fitting(run: RunConfig, entries: list[Entry], grid: Grid, available: int) -> MemoryConfig:
@@ -31,6 +42,6 @@ def fitting(run: RunConfig, entries: list[Entry], grid: Grid, available: int) ->
         choice = dataclasses.replace(
             run.memory, optimizer_offload_policy=policy, optimizer_offload_fraction=moved / layers
         )
-        if memory(dataclasses.replace(run, memory=choice), entries, grid)["total"] <= available:
+        if planned_memory(dataclasses.replace(run, memory=choice), entries, grid)["total"] <= available:
             return choice
     return choice

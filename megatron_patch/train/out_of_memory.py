@@ -1,5 +1,7 @@
 """What to say when memory runs out: what the plan expected, by part, and what makes it less."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_patch.config.run import RunConfig
@@ -8,6 +10,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.table import in_units
+from megatron_patch.train.offload import resolve_offload
 from megatron_patch.train.report import first_words
 
 HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # a RuntimeError without a type of its own
@@ -20,7 +23,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory(error: Exception, run: RunConfig, grid: Grid) -> str:
     """One sentence: what could not be had, the plan's estimate by part, and which arguments to change."""
-    parts = memory(run, manifest(ALL[run.family], run.model), grid)
+    entries, device = manifest(ALL[run.family], run.model), torch.accelerator.current_accelerator()
+    run = replace(run, memory=resolve_offload(run, entries, grid, device or torch.device("cpu")))
+    parts = memory(run, entries, grid)
     estimate = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
     remedies = _remedies(run, grid)
     return f"out of memory ({first_words(error)}); the plan's estimate per device: {estimate}. To need less: {remedies}"

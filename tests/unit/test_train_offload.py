@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megatron_patch.config.flags import from_flags
+from megatron_patch.config.memory import MemoryConfig
+from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.plan.memory import memory
-from megatron_patch.train.offload import fitting, resolve_offload
+from megatron_patch.train.offload import described, fitting, resolve_offload
 
 SIZES = {
     "num-layers": 8,
@@ -44,6 +46,23 @@ def test_no_more_layers_move_than_must(run):
     assert 1 / 8 < half.optimizer_offload_fraction < 1
     assert fits <= 0.7 * whole
     assert fitting(run, entries, grid, 0).optimizer_offload_fraction == 1
+
+
+def test_a_share_of_the_layers_is_that_many_layers():
+    for layers in range(1, 130):
+        for moved in range(layers + 1):
+            memory = MemoryConfig(optimizer_offload_policy="static", optimizer_offload_fraction=moved / layers)
+            assert memory.layers_on_host(layers) == moved
+    half = MemoryConfig(optimizer_offload_policy="static", optimizer_offload_fraction=0.5)
+    assert half.layers_on_host(3) == 2
+
+
+def test_the_log_tells_what_is_moved_of_all_stages(run):
+    run = dataclasses.replace(run, parallel=ParallelConfig(pipeline_model_parallel_size=2))
+    policy = {"optimizer_offload_policy": "static", "optimizer_offload_fraction": 1 / 8}
+    moved = dataclasses.replace(run, memory=dataclasses.replace(run.memory, **policy))
+    assert described(moved) == ["offload: master weights and optimizer state of 2 of 8 layers stand in host memory"]
+    assert described(dataclasses.replace(run, memory=MemoryConfig())) == []
 
 
 def test_on_a_cpu_everything_is_in_host_memory_already(run):
