@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 PIPE = "MP_REPORT_FD"  # in a rank's environment: where its agent listens
-LONGEST = 30_000  # characters of a text: a pipe takes 64 KiB without a reader
+LONGEST, LONGEST_TRACEBACK = 3_000, 10_000  # characters: together less than the 64 KiB that a pipe holds
 KILLED, FAILED, ABORTED, LOST_CONTACT = range(4)  # what is more likely the cause comes first
 
 
@@ -39,8 +39,8 @@ def write_report(report: Report) -> bool:
     """Tell the agent; False where there is none."""
     if PIPE not in os.environ:
         return False
-    short = Report(report.text[:LONGEST], report.is_lost_contact, report.traceback[-LONGEST:])
-    os.write(int(os.environ[PIPE]), json.dumps(asdict(short), ensure_ascii=False).encode("utf-8", "replace")[:65_000])
+    short = Report(report.text[:LONGEST], report.is_lost_contact, report.traceback[-LONGEST_TRACEBACK:])
+    os.write(int(os.environ[PIPE]), json.dumps(asdict(short), ensure_ascii=False).encode("utf-8", "replace"))
     return True
 
 
