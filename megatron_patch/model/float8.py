@@ -6,6 +6,7 @@ activations between products, norms, routers and experts stay as they are.
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,13 @@ def use_float8(layers: nn.Module, *, emulate: bool = False) -> None:
 
     `emulate`: round as float8 does but multiply in the given dtype, on any device.
     """
+    product = cache(partial(_product, emulate))  # layers that share it share what torch.compile makes of them
     for module in layers.modules():
         if isinstance(module, ColumnLinear | RowLinear) and all(size % MULTIPLE == 0 for size in module.weight.shape):
-            module.multiply = _product(*module.weight.shape, emulate)
+            module.multiply = product(*module.weight.shape)
 
 
-def _product(out_features: int, in_features: int, emulate: bool) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _product(emulate: bool, out_features: int, in_features: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an extra: only fp8 runs need it
 
     with torch.device("meta"):

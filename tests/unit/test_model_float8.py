@@ -47,6 +47,12 @@ def test_a_product_is_that_of_rounded_factors_in_both_passes():
     assert (y - x @ layer.weight.t()).abs().max() > 1e-3  # it does round
 
 
+def test_layers_of_one_shape_share_their_product_and_so_what_is_compiled_of_it():
+    layers = torch.nn.ModuleList(ColumnLinear(32, width, Axis(), False) for width in (48, 48, 64))
+    use_float8(layers, emulate=True)
+    assert layers[0].multiply is layers[1].multiply is not layers[2].multiply
+
+
 def test_a_layer_whose_sizes_do_not_fit_multiplies_as_before():
     layer = ColumnLinear(32, 40, Axis(), False)
     use_float8(layer, emulate=True)
