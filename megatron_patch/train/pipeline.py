@@ -25,9 +25,7 @@ class Pipeline:
     def __init__(self, chunks: list[GPTModel], mesh: Mesh, precision: str):
         self.chunks, self.mesh, self.precision = chunks, mesh, precision
         logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)  # prints what it raises
-        # Stages of its own for each: those of torch 2.11 give no gradients once they ran without.
-        self.training: Schedule | None = None
-        self.validation: Schedule | None = None
+        self.schedule: Schedule | None = None  # made when the first micro-batches say their number and shape
         self.divisor: Tensor | None = None
         self.total = torch.zeros(())
 
@@ -40,12 +38,9 @@ class Pipeline:
         inputs = [batch.tokens.to(self.mesh.device)] if self.mesh.is_first_stage else []
         mask, given = batch.loss_mask.to(self.mesh.device), arguments(batch, self.mesh.device)
         self.divisor, self.total = divisor, torch.zeros((), device=self.mesh.device)
-        if divisor is None:
-            self.validation = self.validation or self._schedule(micro_batches)
-            self.validation.eval(*inputs, target=mask, return_outputs=False, **given)
-        else:
-            self.training = self.training or self._schedule(micro_batches)
-            self.training.step(*inputs, target=mask, return_outputs=False, **given)
+        self.schedule = self.schedule or self._schedule(micro_batches)
+        run = self.schedule.eval if divisor is None else self.schedule.step
+        run(*inputs, target=mask, return_outputs=False, **given)
         return self.total
 
     def _loss(self, losses: Tensor, mask: Tensor) -> Tensor:
@@ -118,6 +113,12 @@ class Stage(PipelineStage):
             _allocate(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
+        sends = super().get_fwd_send_ops(fwd_chunk_id)
+        if not self.has_backward:
+            del self.fwd_cache[fwd_chunk_id]
+        return sends
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         received = [] if self.is_first else self.args_recv_info[fwd_chunk_id]
         for info in received:
@@ -157,4 +158,6 @@ def _unwrapped(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:
-        raise error.__cause__ or error from None
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from error.__cause__.__cause__

@@ -67,7 +67,7 @@ def probe(trial: Trial) -> Seen:
 def received(passes: Passes) -> set[str]:
     """The devices of the tensors into which stages receive."""
     assert isinstance(passes, Pipeline)
-    stages = [stage for schedule in (passes.training, passes.validation) for stage in schedule._stages]
+    stages = passes.schedule._stages
     known = [infos for stage in stages for infos in (*stage.args_recv_info.values(), *stage.grad_recv_info.values())]
     return {info.buffer.device.type for infos in known for info in infos if getattr(info, "buffer", None) is not None}
 
