@@ -23,11 +23,11 @@ def host_group(mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """What `function` returns on every rank, in order; the first rank's ValueError or OSError is raised on all."""
+    """What `function` returns on every rank, in order; the error of the first rank that has one is raised on all."""
     result: T | Exception
     try:
         result = function()
-    except (ValueError, OSError) as error:
+    except Exception as error:  # the others wait for whatever becomes of it
         result = error
     results = [result]
     if group is not None:

@@ -89,7 +89,7 @@ class Saver:
         """
         self.wait()
         if self.run.checkpoint.ckpt_format == "torch":
-            self._guarded(iteration, lambda: self._write_torch(iteration))
+            self._guarded(iteration, lambda: self._write_torch(iteration), (OSError, ValueError))
             return
         boxes, record = self._staged(), self._record(iteration, state)
         self.thread = threading.Thread(
@@ -111,11 +111,13 @@ class Saver:
         if self.failure is not None:
             raise OSError(f"the last checkpoint could not be saved: {self.failure}")
 
-    def _guarded(self, iteration: int, write: Callable[[], None]) -> None:
-        """Write; what goes wrong is told, and training goes on."""
+    def _guarded(
+        self, iteration: int, write: Callable[[], None], told: tuple[type[Exception], ...] = (Exception,)
+    ) -> None:
+        """Write; what goes wrong is told, and training goes on: weights in memory are worth more than a file."""
         try:
             write()
-        except Exception as error:  # whatever it is, the weights in memory are worth more than this file
+        except told as error:
             self.failure = error
             self.say(
                 f" the checkpoint of iteration {iteration} was NOT saved: {error}; training goes on, and {self.root} "
@@ -137,9 +139,9 @@ class Saver:
         together(lambda: _empty(partial) if is_first else None, self.group)
         try:
             write_boxes(partial, boxes, self.group)
-            own = {path.name: checksum(path) for path in files_of_rank(partial, self.mesh.rank)}
-            found = together(lambda: own, self.group)
-            record["files"] = {file: sums for files in found for file, sums in files.items()}
+            files = files_of_rank(partial, self.mesh.rank)
+            found = together(lambda: {path.name: checksum(path) for path in files}, self.group)
+            record["files"] = {file: sums for sums_of in found for file, sums in sums_of.items()}
             together(lambda: self._publish(partial, iteration, record) if is_first else None, self.group)
         except Exception:
             if is_first:

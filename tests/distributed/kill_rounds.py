@@ -56,12 +56,14 @@ def _kill_once(run: RunConfig, chance: random.Random) -> Round:
     processes = _launch(run)
     wanted = before + chance.randint(1, STEPS_A_ROUND - 2)
     _wait_until(lambda: _tracked(run) >= wanted, processes)
-    time.sleep(chance.uniform(0, 0.1))
+    root = Path(run.checkpoint.save)
+    if chance.random() < 0.8:  # most of all while a save is under way
+        _wait_until(lambda: any(root.glob(".iter_*.partial")), processes)
+    time.sleep(chance.uniform(0, 0.03))
     for process in chance.sample(processes, WORLD):
         os.kill(process.pid, signal.SIGKILL)
     for process in processes:
         process.join()
-    root = Path(run.checkpoint.save)
     complete = recorded_iterations(root)
     assert complete[0].iteration == _tracked(run) >= wanted
     assert max(losses(run)) - _tracked(run) <= 3, "more was lost than the step and the save under way"
