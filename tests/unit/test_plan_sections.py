@@ -1,8 +1,10 @@
 """The plan's numbers against known answers, and its memory against tensors that PyTorch really allocates."""
 
 import dataclasses
+import json
 import shlex
 import struct
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from megatron_patch.plan.describe import describe
 from megatron_patch.plan.disk import look
 from megatron_patch.plan.memory import local_shape, memory
 from megatron_patch.plan.schedule import iterations, schedule
+from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.table import render
 from megatron_patch.train.optimizer import build_optimizer
 
@@ -149,6 +152,24 @@ def test_an_earlier_runs_checkpoints_are_kept_unless_overwritten(tmp_path):
     assert "already holds checkpoints" in now[0]
     assert "--overwrite" in now[0]
     assert look(run(tmp_path, "--overwrite")) == ([], [])
+
+
+def test_an_earlier_launch_of_the_run_is_continued_and_another_run_is_kept(tmp_path):
+    prepare(tmp_path)
+    ours = run(tmp_path)
+    iteration = tmp_path / "out" / "run" / "iter_0000009"
+    iteration.mkdir(parents=True)
+    (iteration / "run.json").write_text(json.dumps({"iteration": 9, "files": {}, "run": asdict(ours)}))
+    assert look(ours) == ([], [])
+    assert resolve_start(ours).checkpoint.iteration == 9
+    now, wrong = look(run(tmp_path, "--seed", "3"))
+    assert (
+        wrong == [] and "checkpoints of another run" in now[0] and "seed: 1234 in the recorded run, 3 in this" in now[0]
+    )
+    assert look(run(tmp_path, "--seed", "3", "--overwrite")) == ([], [])
+    assert "--resume is never" in look(run(tmp_path, "--resume", "never"))[0][0]
+    (iteration / "run.json").write_text("{}")
+    assert "run.json is damaged" in look(ours)[1][0]
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):

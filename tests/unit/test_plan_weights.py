@@ -1,5 +1,7 @@
 """A damaged or incomplete checkpoint is told before any worker starts; a whole one passes."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,6 +56,39 @@ def test_a_tracker_that_names_a_missing_iteration_says_so(megatron):
     (megatron / "latest_checkpointed_iteration.txt").write_text("13")
     with pytest.raises(FileNotFoundError, match=r"says '13', but .*iter_0000013 holds neither .metadata nor mp_rank"):
         check_weights(megatron)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    directory = tmp_path / "iter_0000007"
+    directory.mkdir()
+    for name, content in {".metadata": b"index", "__0_0.distcp": b"weights"}.items():
+        (directory / name).write_bytes(content)
+    files = {path.name: {"bytes": path.stat().st_size, "crc32": "0"} for path in directory.iterdir()}
+    (directory / "run.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    return tmp_path
+
+
+def test_what_training_wrote_passes(trained):
+    check_weights(trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("__0_0.distcp", b"weight", "__0_0.distcp is truncated: 6 bytes, and 7 were written"),
+        ("__0_0.distcp", None, "__0_0.distcp does not exist, but run.json names it"),
+        (".metadata", b"", ".metadata is truncated"),
+        ("run.json", b"{", "run.json is damaged"),
+        ("run.json", b"[]", "run.json is damaged"),
+    ],
+)
+def test_a_file_of_an_own_checkpoint_that_is_not_whole_is_named(trained, name, content, told):
+    path = trained / "iter_0000007" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        check_weights(trained)
 
 
 def test_a_shard_that_the_index_names_must_be_there(tmp_path):
