@@ -15,7 +15,7 @@ BROKEN = Report("KeyError: 'x'", traceback="Traceback …")
 @pytest.mark.parametrize(
     ("endings", "silent", "told"),
     [
-        ([Ending(0, 1, GONE), Ending(1, -signal.SIGKILL)], {}, "rank 1 was killed by SIGKILL, as the kernel does when"),
+        ([Ending(0, 1, GONE), Ending(1, -signal.SIGKILL)], {}, "rank 1 was killed by SIGKILL, as the kernel does"),
         ([Ending(0, 1, GONE), Ending(2, -signal.SIGSEGV)], {}, "rank 2 was killed by SIGSEGV"),
         ([Ending(0, 1, GONE), Ending(3, 1, BROKEN)], {1: ""}, "rank 3: KeyError: 'x'"),
         ([Ending(2, 1, Report("no")), Ending(0, 1, Report("no"))], {}, "ranks 0, 2: no"),
