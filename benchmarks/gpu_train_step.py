@@ -151,12 +151,15 @@ def contenders(
     steps = {"ours": lambda: our_step(run, source, tokens, mesh)}
     if precision == "bf16":  # transformers has no fp8 training of its own
         steps["transformers"] = lambda: transformers_step(family, config, tokens, mesh.device)
+        steps["transformers compiled"] = lambda: transformers_step(family, config, tokens, mesh.device, compiled=True)
     if HAS_MEGATRON:
         steps["megatron-core"] = lambda: megatron_step(config, OPTIMIZER, tokens, precision, mesh.device)
     return steps
 
 
-def transformers_step(family: str, config: ModelConfig, tokens: Tensor, device: torch.device) -> Step:
+def transformers_step(
+    family: str, config: ModelConfig, tokens: Tensor, device: torch.device, *, compiled: bool = False
+) -> Step:
     """transformers' with its fastest experts, and FlashAttention where that is installed."""
     hf = ALL[family].hf_config(config, dtype="bfloat16")
     chosen = {"experts_implementation": "grouped_mm"} if config.num_moe_experts else {}
@@ -165,6 +168,8 @@ def transformers_step(family: str, config: ModelConfig, tokens: Tensor, device: 
         peer = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**hf), attn_implementation=attention, dtype=torch.bfloat16, **chosen
         )
+    if compiled:
+        peer.compile()
     return peer_step(peer.train(), tokens)
 
 

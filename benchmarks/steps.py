@@ -19,6 +19,7 @@ from megatron_patch.data.batches import Batch
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import DTYPES, build_model
+from megatron_patch.model.compilation import compile_layers, is_compiled
 from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.loss_scale import LossScale
@@ -63,6 +64,8 @@ def our_step(run: RunConfig, source: Source, tokens: Tensor, mesh: Mesh) -> Step
     """The trainer's step on this rank's share of `tokens` [samples, length + 1]."""
     entries = manifest(ALL[run.family], run.model)
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
+    if is_compiled(run.torch_compile, mesh.device):
+        compile_layers(chunks)
     load_weights(chunks, entries, source, mesh)
     optimizer, passes = build_optimizer(run.optimizer, chunks), build_passes(chunks, mesh, run.precision)
     kernel = resolve_kernel(run.model, mesh, DTYPES[run.precision], fastest=run.use_flash_attn)
