@@ -52,6 +52,8 @@ def claimed_output(run: RunConfig, mesh: Mesh, group: dist.ProcessGroup | None) 
                 remove_leftovers(root / hidden.name[1:].split(".")[0])
             for hidden in root.glob(".iter_*.partial"):
                 shutil.rmtree(hidden, ignore_errors=True)
+            for token in root.glob(".shared_*"):
+                token.unlink()
         yield
 
 

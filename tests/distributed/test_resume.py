@@ -91,6 +91,17 @@ def test_a_run_continues_bit_for_bit_on_its_layout_and_closely_on_another(tmp_pa
     assert losses(other) == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_float16_run_goes_on_with_the_loss_scale_that_it_had_found(tmp_path):
+    run = dataclasses.replace(tiny_run(tmp_path), precision="fp16")
+    run_ranks(train_on_ranks, 2, run, 2)
+    assert losses(run, "loss scale")[1] > losses(run, "loss scale")[4], "nothing was to be remembered"
+    same = go_back(run, 2, tmp_path / "same")
+    run_ranks(train_on_ranks, 2, same, 2)
+    for name in ("loss scale", "lm loss"):
+        assert losses(same, name) == losses(run, name)
+    check_same_tensors(Path(run.checkpoint.save) / "iter_0000004", Path(same.checkpoint.save) / "iter_0000004")
+
+
 @pytest.mark.parametrize(
     ("name", "parallel", "world", "files"),
     [

@@ -95,11 +95,11 @@ def check_same_tensors(one: Path, other: Path) -> None:
     assert not [name for name in tensors if not torch.equal(tensors[name], others[name])]
 
 
-def losses(run: RunConfig) -> dict[int, float]:
-    """Training loss by iteration, of the run's log."""
+def losses(run: RunConfig, name: str = "lm loss") -> dict[int, float]:
+    """Training loss, or what else the run's log has under `name`, by iteration."""
     rows = [json.loads(line) for line in Path(run.log_file).read_text().splitlines()]
     assert len({row["iteration"] for row in rows}) == len(rows), "an iteration is logged twice"
-    return {row["iteration"]: row["lm loss"] for row in rows if "lm loss" in row}
+    return {row["iteration"]: row[name] for row in rows if name in row}
 
 
 def go_back(run: RunConfig, iteration: int, out: Path) -> RunConfig:
