@@ -48,7 +48,7 @@ def _product(emulate: bool, out_features: int, in_features: int) -> Callable[[Te
 
     with torch.device("meta"):
         plain = nn.Linear(in_features, out_features, bias=False)
-    rounding = convert_to_float8_training(plain, config=Float8LinearConfig(emulate=emulate))
+    rounding = convert_to_float8_training(plain, config=Float8LinearConfig(emulate=emulate, pad_inner_dim=True))
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = functional_call(rounding, {"weight": weight}, (x,))

@@ -66,10 +66,7 @@ def clip_gradients(
         gradients_once = {name: gradient for name, gradient in gradients.items() if name != EMBEDDING}
     else:
         gradients_once = gradients
-    total = torch.zeros((), device=mesh.device)
-    for count in set(copies.values()):
-        total = total + _squared_norm([g for n, g in gradients_once.items() if copies[n] == count], mesh) / count
-    norm = sum_(total, mesh.world).sqrt() / loss_scale
+    norm = sum_(_squared_norm(gradients_once, copies, mesh.device), mesh.world).sqrt() / loss_scale
     factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
     if limit > 0 or loss_scale != 1:
         for device, held in _by_device(gradients.values()).items():
@@ -94,11 +91,14 @@ def _sum_flat(gradients: list[Tensor], mesh: Mesh) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def _squared_norm(gradients: list[Tensor], mesh: Mesh) -> Tensor:
-    total = torch.zeros((), device=mesh.device)
-    for held in _by_device(gradients).values():
-        total = total + torch.stack(torch._foreach_norm(held)).square().sum().to(mesh.device)
-    return total
+def _squared_norm(gradients: dict[str, Tensor], copies: dict[str, int], device: torch.device) -> Tensor:
+    """What this rank adds, on `device`. What stands in host memory crosses over once, as one number."""
+    totals = {device: torch.zeros((), device=device)}
+    for count in sorted(set(copies.values())):
+        for place, held in _by_device(g for name, g in gradients.items() if copies[name] == count).items():
+            share = torch.stack(torch._foreach_norm(held)).square().sum() / count
+            totals[place] = totals[place] + share if place in totals else share
+    return torch.stack([total.to(device) for total in totals.values()]).sum()
 
 
 def _by_device(gradients: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
