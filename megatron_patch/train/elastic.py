@@ -1,10 +1,14 @@
 """PyTorch's elastic agent (rendezvous, restarts) around our own processes: when it ends them, and what it says then."""
 
+import json
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 
 import torch.distributed as dist
 import torch.distributed.elastic.rendezvous.registry as rendezvous
@@ -19,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 
 from megatron_patch.train.ranks import Ranks
-from megatron_patch.train.report import verdict
+from megatron_patch.train.report import Verdict, first_words, unanswered, verdict
 
 MEETING_SECONDS = 900  # torchrun's own limit for the agents to meet
 MONITOR_SECONDS = 0.1
@@ -57,7 +61,7 @@ def run(options: Namespace, ranks: Ranks, say: Callable[[str], None]) -> int:
         result = Agent(spec, ranks, say).run()
         handler.shutdown()
     except (RendezvousError, dist.DistError, OSError) as error:
-        say(f"the agents of {options.nnodes} nodes could not meet at {endpoint}: {str(error).splitlines()[0]}")
+        say(f"nobody could meet at {endpoint}: {first_words(error)}")
         return 1
     return int(result.is_failed())
 
@@ -95,6 +99,9 @@ class Agent(SimpleElasticAgent):
         if not any(statuses.values()):
             done = None not in statuses.values()
             state = WorkerState.SUCCEEDED if done else WorkerState.HEALTHY
+            if not done and (fault := self._fault_elsewhere()):
+                self._follow(fault)
+                return RunResult(WorkerState.FAILED, failures=self._failures(worker_group))
             return RunResult(state, return_values=dict.fromkeys(statuses) if done else {})
         if self.ranks.is_stopping and -signal.SIGTERM in statuses.values():
             self.ranks.end()
@@ -112,12 +119,54 @@ class Agent(SimpleElasticAgent):
     def _blame(self) -> None:
         """End all ranks, having heard those that end by themselves, and say why."""
         silent = self.ranks.places(self.ranks.settle(LAST_WORDS_SECONDS))
-        endings = self.ranks.endings()
+        found = verdict(self.ranks.endings(), silent)
         self.ranks.end()
-        sentence, traceback = verdict(endings, silent)
-        if traceback:
-            print(traceback, file=sys.stderr)
-        self.say(sentence)
+        if found.is_vague and (fault := self._fault_elsewhere(LAST_WORDS_SECONDS)):
+            self._follow(fault)
+            return
+        if found.traceback:
+            print(found.traceback, file=sys.stderr)
+        self.say(found.sentence)
+        self._tell(found)
+
+    @property
+    def _fault(self) -> str:
+        """Where the agents' common store has the first fault of this start."""
+        return f"fault_{self._remaining_restarts}"
+
+    def _tell(self, found: Verdict) -> None:
+        """Let the agents of other nodes end their ranks too, and wait until they know: the store may be ours."""
+        others = self._worker_group.group_world_size - 1
+        if not others:
+            return
+        with suppress(dist.DistError):
+            self._store.set(self._fault, json.dumps(asdict(found)))
+            deadline = time.monotonic() + LAST_WORDS_SECONDS
+            while self._store.add(f"{self._fault}_heard", 0) < others and time.monotonic() < deadline:
+                time.sleep(MONITOR_SECONDS)
+
+    def _fault_elsewhere(self, seconds: float = 0.0) -> Verdict | None:
+        """What the agent of another node tells within `seconds`, or that the one that has the store is gone."""
+        if self._worker_group.group_world_size == 1:
+            return None
+        deadline = time.monotonic() + seconds
+        try:
+            while not self._store.check([self._fault]):
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(MONITOR_SECONDS)
+            self._store.add(f"{self._fault}_heard", 1)
+            return Verdict(**json.loads(self._store.get(self._fault)))
+        except dist.DistError as error:
+            return Verdict(f"the first node's agent is gone: {first_words(error)}")
+
+    def _follow(self, fault: Verdict) -> None:
+        """End all ranks because of what happened elsewhere; if it is that a rank did not answer, it may be one here."""
+        silent = self.ranks.places(self.ranks.settle(0)) if fault.is_vague else {}
+        self.ranks.end()
+        self.say("; ".join(filter(None, [unanswered(silent), f"on another node: {fault.sentence}"])))
+        if self._worker_group.group_rank == 0:
+            time.sleep(5 * MONITOR_SECONDS)  # we have the store, and the agent that told asks it who heard
 
     def _failures(self, worker_group: WorkerGroup) -> dict[int, ProcessFailure]:
         statuses = self.ranks.statuses()

@@ -35,6 +35,16 @@ def first_words(error: BaseException) -> str:
     return re.sub(r"^\[[^]]*\] (err == 0\. )?", "", next((line for line in str(error).splitlines() if line), ""))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The sentence that names the rank to blame, with a traceback where it is a defect of ours. `is_vague`: no rank
+    is named, only who missed one."""
+
+    sentence: str
+    traceback: str = ""
+    is_vague: bool = False
+
+
 def write_report(report: Report) -> bool:
     """Tell the agent; False where there is none."""
     if PIPE not in os.environ:
@@ -52,8 +62,8 @@ def read_report(data: bytes) -> Report | None:
         return None
 
 
-def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> tuple[str, str]:
-    """The sentence that names the rank to blame, and its traceback, empty for an error that explains itself.
+def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> Verdict:
+    """Who is to blame, by how the failed ranks of a node ended.
 
     `silent`: ranks that still ran when others had given up waiting, with the place in the code where they were.
     """
@@ -61,9 +71,15 @@ def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> tuple[str, 
     cause = endings[0]
     ranks = [ending.rank for ending in endings if _words(ending) == _words(cause)]
     said = f"{_numbers(ranks)}{_words(cause)}"
-    if _blame(cause) >= ABORTED and silent:
-        said = "; ".join([*(f"rank {rank} did not answer{place}" for rank, place in sorted(silent.items())), said])
-    return said, cause.report.traceback if cause.report else ""
+    is_consequence = _blame(cause) >= ABORTED
+    if is_consequence and silent:
+        said = f"{unanswered(silent)}; {said}"
+    return Verdict(said, cause.report.traceback if cause.report else "", is_consequence and not silent)
+
+
+def unanswered(silent: Mapping[int, str]) -> str:
+    """The ranks that others waited for, and where in the code they are."""
+    return "; ".join(f"rank {rank} did not answer{place}" for rank, place in sorted(silent.items()))
 
 
 def _blame(ending: Ending) -> int:

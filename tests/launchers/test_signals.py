@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,12 @@ def commands(tmp_path_factory):
     started = {"train": start("train", "sh", str(MISTRAL), *training(folder), NPROC_PER_NODE="2")}
     for name, what in (("twice", "wait"), ("kill", "wait"), ("hang", "hang"), ("die", "die"), ("refuse", "refuse")):
         started[name] = start(name, *AGENT, *TWO_RANKS, "restless", what)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for node in ("0", "1"):
+        meeting = ["--nnodes", "2", "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port]
+        started[f"node {node}"] = start(f"node{node}", *AGENT[:3], *meeting, "-m", "restless", "die")
     yield started
     for command in started.values():
         command.process.kill()
@@ -143,6 +150,8 @@ def test_an_agent_that_is_killed_leaves_no_rank(commands):
         ("hang", "rank 1 did not answer, at restless.py line 18 in hang; rank 0: waited too long"),
         ("die", "rank 1 was killed by SIGSEGV"),
         ("refuse", "ranks 0, 1: no such thing"),
+        ("node 1", "rank 1 was killed by SIGSEGV"),
+        ("node 0", "on another node: rank 1 was killed by SIGSEGV"),
     ],
 )
 def test_a_failure_is_one_line_with_the_rank_that_caused_it(commands, name, told):

@@ -36,12 +36,12 @@ BROKEN = Report("KeyError: 'x'", traceback="Traceback …")
 )
 def test_the_cause_is_told_and_not_its_consequences(endings, silent, told):
     for order in (endings, endings[::-1]):
-        assert verdict(order, silent)[0].startswith(told)
+        assert verdict(order, silent).sentence.startswith(told)
 
 
 def test_only_a_defect_shows_a_traceback():
-    assert verdict([Ending(0, 1, BROKEN)], {})[1] == "Traceback …"
-    assert verdict([Ending(0, 1, GONE), Ending(1, -9)], {})[1] == ""
+    assert verdict([Ending(0, 1, BROKEN)], {}).traceback == "Traceback …"
+    assert verdict([Ending(0, 1, GONE), Ending(1, -9)], {}).traceback == ""
 
 
 def test_a_report_arrives_whole_or_shortened_but_always_readable(monkeypatch):
