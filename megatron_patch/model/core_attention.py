@@ -100,13 +100,13 @@ class CoreAttention(nn.Module):
 
     def forward(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None = None) -> Tensor:
         """Keys and values are of the whole sample, in order; queries are those of this rank → [B, N, L, D]."""
-        if packed is None and self.keep is kept:
+        if packed is None and self.keep is kept and not self._takes_flash(q_BNLD, k_BGSD):
             return self._whole(q_BNLD, k_BGSD, v_BGSD)
         return self._uncompiled(q_BNLD, k_BGSD, v_BGSD, packed)
 
     @torch.compiler.disable
     def _uncompiled(self, *arguments: Any) -> Tensor:
-        """Segments are other slices in each batch, and recomputing is autograd's work: neither has one graph."""
+        """Segments are other slices in each batch, recomputing is autograd's work, a kernel of others' is opaque."""
         return self.keep(self._visible, *arguments)
 
     def _visible(self, q_BNLD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
@@ -135,11 +135,14 @@ class CoreAttention(nn.Module):
         )
 
     def _attend(self, q_BNLD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
-        is_plain = is_square(q_BNLD, k_BGKD, self.window)
-        if self._has_flash(q_BNLD) and (self.flash.is_fastest or not is_plain):
+        if self._takes_flash(q_BNLD, k_BGKD):
             parts = (x.transpose(1, 2) for x in (q_BNLD, k_BGKD, v_BGKD))
             return self.flash.attend(*parts, self.scale, self.window, None).transpose(1, 2)
         return attend(q_BNLD, k_BGKD, v_BGKD, self.window, self.scale)
+
+    def _takes_flash(self, q_BNLD: Tensor, k_BGKD: Tensor) -> bool:
+        is_plain = is_square(q_BNLD, k_BGKD, self.window)
+        return self._has_flash(q_BNLD) and (self.flash.is_fastest or not is_plain)
 
     def _has_flash(self, q: Tensor) -> bool:
         return self.flash is not None and q.dtype in (torch.bfloat16, torch.float16)
