@@ -19,7 +19,7 @@ from megatron_patch.plan.start import recorded_iterations
 from ranks import PRELOADED, run_on_rank
 from tiny_run import TRACKER, losses, tiny_run, train_on_ranks
 
-WORLD, STEPS_A_ROUND, PATIENCE = 2, 8, 120.0
+WORLD, PATIENCE = 2, 120.0
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,31 @@ class Round:
     was_saving: bool
 
 
-def kill_rounds(directory: Path, rounds: int, seed: int = 0) -> list[Round]:
+def kill_rounds(directory: Path, rounds: int, steps_a_round: int = 8, seed: int = 0) -> list[Round]:
     """Kill a run of two ranks `rounds` times, then let it end. Asserts that each launch goes on from the last complete
     checkpoint, that nothing is left over, and that all losses are those of a run that nobody killed, bit for bit.
     """
     chance = random.Random(seed)
-    whole = _run(directory / "whole", rounds)
+    whole = _run(directory / "whole", steps_a_round * (rounds + 1))
     _end(_launch(whole))
-    run = _run(directory / "killed", rounds)
-    found = [_kill_once(run, chance) for _ in range(rounds)]
+    run = _run(directory / "killed", steps_a_round * (rounds + 1))
+    found = [_kill_once(run, chance, steps_a_round) for _ in range(rounds)]
     _end(_launch(run))
     assert losses(run) == losses(whole)
     assert not list(Path(run.checkpoint.save).glob(".iter_*"))
     return found
 
 
-def _run(directory: Path, rounds: int) -> RunConfig:
+def _run(directory: Path, iterations: int) -> RunConfig:
     directory.mkdir()
     run = tiny_run(directory, save_interval=1, keep_last=3)
-    return replace(run, train_iters=STEPS_A_ROUND * (rounds + 1), eval_interval=10**6)
+    return replace(run, train_iters=iterations, eval_interval=10**6)
 
 
-def _kill_once(run: RunConfig, chance: random.Random) -> Round:
+def _kill_once(run: RunConfig, chance: random.Random, steps: int) -> Round:
     before = _tracked(run)
     processes = _launch(run)
-    wanted = before + chance.randint(1, STEPS_A_ROUND - 2)
+    wanted = before + chance.randint(1, steps - 2)
     _wait_until(lambda: _tracked(run) >= wanted, processes)
     root = Path(run.checkpoint.save)
     if chance.random() < 0.8:  # most of all while a save is under way

@@ -102,28 +102,44 @@ def test_a_float16_run_goes_on_with_the_loss_scale_that_it_had_found(tmp_path):
     check_same_tensors(Path(run.checkpoint.save) / "iter_0000004", Path(same.checkpoint.save) / "iter_0000004")
 
 
-@pytest.mark.parametrize(
-    ("name", "parallel", "world", "files"),
-    [
-        ("mistral", layout(tp=2, pp=2, decoder_first_pipeline_num_layers=1), 4, 4),
-        ("qwen1_5 tied", layout(pp=2, num_layers_per_virtual_pipeline_stage=1), 2, 2),
-        ("mixtral", layout(tp=2, ep=2, sequence_parallel=True), 4, 4),
-        ("deepseek_v2", layout(tp=2, ep=4, expert_tensor_parallel_size=1, sequence_parallel=True), 4, 4),
-    ],
-)
-def test_classic_files_of_any_layout_hold_the_weights_that_were_trained(name, parallel, world, files, tmp_path):
-    run = tiny_run(tmp_path, name, parallel)
-    run = dataclasses.replace(run, train_iters=2)
+CLASSIC = {
+    "mistral": (layout(tp=2, pp=2, decoder_first_pipeline_num_layers=1), 4, 4),
+    "qwen1_5 tied": (layout(pp=2, num_layers_per_virtual_pipeline_stage=1), 2, 2),
+    "mixtral": (layout(tp=2, ep=2, sequence_parallel=True), 4, 4),
+    "deepseek_v2": (layout(tp=2, ep=4, expert_tensor_parallel_size=1, sequence_parallel=True), 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_classic_files_of_any_layout_hold_the_weights_that_were_trained(name, tmp_path):
+    parallel, world, files = CLASSIC[name]
+    run = dataclasses.replace(tiny_run(tmp_path, name), train_iters=2)
     if name == "mistral":  # 5 layers: 1 and 4
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=5))
-    run_ranks(train_on_ranks, world, run, world)
-    classic = dataclasses.replace(run.checkpoint, save=str(tmp_path / "classic"), ckpt_format="torch")
-    run_ranks(train_on_ranks, world, dataclasses.replace(run, checkpoint=classic), world)
-    assert len(list(Path(classic.save).glob("iter_0000002/mp_rank_*/model_optim_rng.pt"))) == files
-    source = open_checkpoint(classic.save, ALL[run.family], run.model)
-    trained = saved(Path(run.checkpoint.save) / "iter_0000002")
+    train(run, single_process())
+    trained = Path(run.checkpoint.save) / "iter_0000002"
+    checkpoint = dataclasses.replace(run.checkpoint, save=str(tmp_path / "none"), resume=str(trained))
+    checkpoint = dataclasses.replace(checkpoint, ckpt_format="torch")
+    classic = tmp_path / "classic"
+    loading = dataclasses.replace(run, parallel=parallel, checkpoint=checkpoint)
+    run_ranks(resaved_on_ranks, world, loading, world, str(classic))
+    check_classic(run, classic, files, saved(trained))
+
+
+def check_classic(run, root: Path, files: int, wanted: dict[str, torch.Tensor]) -> None:
+    """Assert that `root` holds so many classic files, with these weights."""
+    assert len(list(root.glob("iter_0000002/mp_rank_*/model_optim_rng.pt"))) == files
+    source = open_checkpoint(root, ALL[run.family], run.model)
     for entry in manifest(ALL[run.family], run.model):
-        assert torch.equal(source.read(entry), trained[entry.mcore]), entry.mcore
+        assert torch.equal(source.read(entry), wanted[entry.mcore]), entry.mcore
+
+
+def test_training_on_ranks_saves_classic_files_too(tmp_path):
+    run = dataclasses.replace(tiny_run(tmp_path, parallel=layout(tp=2)), train_iters=2)
+    classic = dataclasses.replace(run.checkpoint, save=str(tmp_path / "classic"), ckpt_format="torch")
+    run_ranks(train_on_ranks, 4, run, 4)
+    run_ranks(train_on_ranks, 4, dataclasses.replace(run, checkpoint=classic), 4)
+    check_classic(run, Path(classic.save), 2, saved(Path(run.checkpoint.save) / "iter_0000002"))
 
 
 def test_a_rank_whose_disk_is_full_fails_the_save_on_all_ranks_and_the_run_goes_on(tmp_path):
@@ -163,4 +179,4 @@ def train_with_a_full_disk(run, world: int) -> list[str]:
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_its_last_complete_checkpoint(tmp_path):
-    assert len(kill_rounds(tmp_path, rounds=2)) == 2
+    assert len(kill_rounds(tmp_path, rounds=2, steps_a_round=4)) == 2
