@@ -121,6 +121,8 @@ class Saver:
             write()
         except told as error:
             self.failure = error
+            if self.mesh.rank == 0:
+                shutil.rmtree(self._partial(iteration), ignore_errors=True)
             self.say(
                 f" the checkpoint of iteration {iteration} was NOT saved: {error}; training goes on, and {self.root} "
                 "keeps the earlier ones"
@@ -130,25 +132,23 @@ class Saver:
             self.say(f" saved checkpoint of iteration {iteration} in {self.root}")
 
     def _write_torch(self, iteration: int) -> None:
+        is_first = self.mesh.rank == 0
+        together(lambda: write_companions(self.run, self.root) if is_first else None, self.group)
         save_weights(self.run, self.chunks, self.entries, iteration, self.mesh, self.group)
-        if self.mesh.rank == 0:
-            write_companions(self.run, self.root)
-            self._remove_older(iteration)
+        together(lambda: self._remove_older(iteration) if is_first else None, self.group)
 
     def _write_dcp(self, iteration: int, boxes: list[TensorBox], record: dict[str, Any]) -> None:
-        is_first, name = self.mesh.rank == 0, iteration_name(iteration)
-        partial = self.root / f".{name}.partial"
+        is_first, partial = self.mesh.rank == 0, self._partial(iteration)
         together(lambda: _empty(partial) if is_first else None, self.group)
-        try:
-            write_boxes(partial, boxes, self.group)
-            files = files_of_rank(partial, self.mesh.rank)
-            found = together(lambda: {path.name: checksum(path) for path in files}, self.group)
-            record["files"] = {file: sums for sums_of in found for file, sums in sums_of.items()}
-            together(lambda: self._publish(partial, iteration, record) if is_first else None, self.group)
-        except Exception:
-            if is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        write_boxes(partial, boxes, self.group)
+        files = files_of_rank(partial, self.mesh.rank)
+        found = together(lambda: {path.name: checksum(path) for path in files}, self.group)
+        record["files"] = {file: sums for sums_of in found for file, sums in sums_of.items()}
+        together(lambda: self._publish(partial, iteration, record) if is_first else None, self.group)
+
+    def _partial(self, iteration: int) -> Path:
+        """Where an iteration is written before it has its name."""
+        return self.root / f".{iteration_name(iteration)}.partial"
 
     def _publish(self, partial: Path, iteration: int, record: dict[str, Any]) -> None:
         """Give a whole checkpoint its name, then name it in the tracker, then make room."""
