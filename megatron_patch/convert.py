@@ -39,6 +39,7 @@ _UPCYCLING = {
     "padding": "padding",
     "seed": "seed",
 }
+_EXPERT_LAYOUT = ("etp", "experts")  # of experts alone; an `ep` above 1 without experts is an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def convert(job: Job) -> Summary:
         write_dtype(partial, str(source.dtype).removeprefix("torch."))
         written = wanted.write(partial, entries, config, source, target)
         _verify(job, entries, config, source, partial)
-    warnings = (*resolved.warnings, *_without_effect(job, source), *_not_numbers(written))
+    warnings = (*resolved.warnings, *_without_effect(job, source, config), *_not_numbers(written))
     return Summary(written, _fingerprint(entries, source), warnings)
 
 
@@ -206,19 +207,28 @@ def _check_same(assets: Resolved, source: Resolved, job: Job) -> None:
 def _check_layout_arguments(job: Job, source: Source) -> None:
     """Raise ValueError where an argument without meaning for the target contradicts the source it may describe."""
     for name, value in job.layout.items():
-        if name in FORMATS[job.format].options or name not in source.layout:
+        held = source.layout.get(name, value)
+        if name not in FORMATS[job.format].options and value != held:
+            told = f"{_option(name)} is {value}, but SRC has {held} ({source.describe()})"
+            raise ValueError(f"{told}; {job.format} has no such layout, so leave it out or name SRC's")
+
+
+def _without_effect(job: Job, source: Source, config: ModelConfig) -> list[str]:
+    """What was asked for and shows neither in the target, which is a `config`, nor in the source."""
+    defaults, options, sentences = Target(), FORMATS[job.format].options, []
+    for name, value in job.layout.items():
+        if value == getattr(defaults, name):
             continue
-        if value != source.layout[name]:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {value}, but SRC is {source.describe()}; {job.format} itself is not cut")
+        if name in _EXPERT_LAYOUT and not config.num_moe_experts:
+            sentences.append(f"{_option(name)} {value} has no effect: the model has no experts")
+        elif name not in options and name not in source.layout:
+            reason = f"{job.format} has no such layout, nor does SRC show one"
+            sentences.append(f"{_option(name)} {value} has no effect: {reason}")
+    return sentences
 
 
-def _without_effect(job: Job, source: Source) -> list[str]:
-    return [
-        f"--{name.replace('_', '-')} {value} has no effect: {job.format} has no such layout, nor has SRC"
-        for name, value in job.layout.items()
-        if name not in FORMATS[job.format].options and name not in source.layout and value != getattr(Target(), name)
-    ]
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ class Cast:
         return self.source.format
 
     @property
-    def layout(self) -> Mapping[str, int]:
+    def layout(self) -> Mapping[str, int | str]:
         """The source's."""
         return self.source.layout
 

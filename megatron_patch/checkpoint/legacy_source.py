@@ -58,9 +58,9 @@ class LegacySource:
         return Counter(tensor.dtype for tensor in self.files[0, 0, 0].values()).most_common(1)[0][0]
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """The sizes into which it is cut."""
-        return {"tp": self.target.tp, "pp": self.target.pp, "ep": self.target.ep}
+    def layout(self) -> Mapping[str, int | str]:
+        """The sizes into which it is cut; its names are its format's own."""
+        return self.target.sizes(has_experts=self._has_experts)
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same in every file."""
@@ -101,8 +101,12 @@ class LegacySource:
 
     def describe(self) -> str:
         """One phrase for the log."""
-        sizes = " ".join(f"{name} {size}" for name, size in self.layout.items() if size > 1 or name == "tp")
-        return f"{self.format} {self.directory.name}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
+        cut = self.target.phrase(has_experts=self._has_experts)
+        return f"{self.format} {self.directory.name}, {cut}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(entry.expert is not None for place in self.places.values() for entry in place.item.entries)
 
     def _ranks(self, place: Place) -> list[Rank]:
         return [(tp_rank, place.stage, ep_rank) for tp_rank in range(self.target.tp) for ep_rank in place.ep_ranks]
@@ -161,7 +165,9 @@ def open_legacy(spelling: Spelling, root: Path, entries: list[Entry], config: Mo
         raise ValueError(f"{directory} holds {target.ep} shares of {config.num_moe_experts} experts; one is missing")
     places: dict[str, Place] = {}
     optional = []
-    for stage, layers in enumerate(_stages(directory, files, target, config)):
+    stages = _stages(directory, files, target, config)
+    target = replace(target, first_stage_layers=len(stages[0]) if target.pp > 1 else None)
+    for stage, layers in enumerate(stages):
         for ep_rank in range(target.ep):
             found = items(spelling, entries, config, target, layers, ep_rank)
             for tp_rank in range(target.tp):

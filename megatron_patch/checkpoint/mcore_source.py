@@ -35,7 +35,7 @@ from megatron_patch.families.manifest import Entry, check_complete
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight\d+$")
+_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12]\.weight\d+|weight[12])$")
 _SECOND = re.compile(r"\.mlp\.experts\..*linear_fc2\.weight\d*$")
 _TRANSPOSED = re.compile(r"(.*\.mlp\.experts\.)weight([12])")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,11 +72,11 @@ class McoreSource:
         return Counter(stored.shards[0][0].tensor.dtype for stored in self.stored.values()).most_common(1)[0][0]
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """The sizes into which it is cut."""
-        target = self.target
-        sizes = {"tp": target.tp, "pp": target.pp, "ep": target.ep, "etp": target.expert_tp, "vp": target.vp}
-        return sizes if target.first_stage_layers is None else sizes | {"first_stage_layers": target.first_stage_layers}
+    def layout(self) -> Mapping[str, int | str]:
+        """The sizes into which it is cut, and whose names it has."""
+        names = {"transformer_impl": self.target.transformer_impl}
+        sizes = self.target.sizes(has_experts=self._has_experts)
+        return sizes | names | ({"experts": self.target.experts} if self._has_experts else {})
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same in every file."""
@@ -101,10 +101,13 @@ class McoreSource:
 
     def describe(self) -> str:
         """One phrase for the log."""
-        usual = {"pp": 1, "ep": 1, "etp": self.target.tp, "vp": 1}
-        cut = " ".join(f"{name} {size}" for name, size in self.layout.items() if size != usual.get(name))
+        cut = self.target.phrase(has_experts=self._has_experts)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"mcore {self.directory.name}, {cut}, {self.target.transformer_impl} names, {dtype}"
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(stored.entry.expert is not None for stored in self.stored.values())
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ def _apart(
         if not experts or tensor.numel() % (experts * config.hidden_size):
             raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} does not divide into {experts} experts")
         for expert, matrix in enumerate(tensor.view(experts, rows, columns)):
-            yield f"{match[1]}local_experts.{expert}.linear_fc{match[2]}.weight", matrix.t()
+            yield f"{match[1]}linear_fc{match[2]}.weight{expert}", matrix.t()
 
 
 def _as_stored(entry: Entry, tensor: Tensor, targets: list[Target], path: Path) -> Entry:

@@ -170,10 +170,12 @@ def _rotary(config: ModelConfig) -> dict[str, Any]:
 
 def _experts(config: ModelConfig, target: Target) -> dict[str, Any]:
     is_limited = config.moe_router_num_groups > 1
+    frequency = [int(config.is_moe_layer(layer)) for layer in range(config.num_layers)]
     return {
         "num_experts": config.num_moe_experts,
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        "moe_layer_freq": [int(config.is_moe_layer(layer)) for layer in range(config.num_layers)],
+        # a list, even of ones, makes Megatron-Core look for layers under their own names in a torch_dist checkpoint
+        "moe_layer_freq": frequency if 0 in frequency else 1,
         "moe_router_topk": config.moe_router_topk,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
         "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,

@@ -165,16 +165,17 @@ def _job(request: Request) -> tuple[Conversion, list[str]]:
         families=families,
         size=size,
         assets=assets or None,
-        layout=_layout(v, is_back=is_back),
+        layout=_layout(v),
         dtype=v.get("PR"),
     )
     return job, notes
 
 
-def _layout(v: Mapping[str, Any], *, is_back: bool) -> dict[str, int | str | None]:
+def _layout(v: Mapping[str, Any]) -> dict[str, int | str | None]:
+    """What is written; on the way back what the checkpoint must be."""
     layout = {"--tp": v["TP"], "--pp": v["PP"], "--ep": v.get("EP")}
     layout["--first-stage-layers"] = v.get("MP_PP0_LAYERS") if v["PP"] > 1 else None
-    if "USE_TE" in v and not is_back:  # read from the checkpoint on the way back
+    if "USE_TE" in v:
         layout["--transformer-impl"] = "te" if v["USE_TE"] else "local"
     return layout
 

@@ -40,7 +40,7 @@ def test_every_layout_reads_back_and_says_what_it_is(tmp_path, format, family, o
         assert detect_format(directory).name == format
         source = model.open(directory)
         model.assert_held_by(source)
-        assert source.layout == {"tp": 1, "pp": 1, "ep": 1} | layout
+        assert ({"tp": 1, "pp": 1, "ep": 1} | layout).items() <= source.layout.items()
         assert {path.name for path in directory.iterdir()} == {"release", "latest_checkpointed_iteration.txt"}
     assert source.describe().startswith(f"{format} release, tp ")
 

@@ -121,7 +121,7 @@ def test_a_second_number_is_a_stage_or_an_expert_share_by_what_the_files_hold(tm
         for rank in ("mp_rank_00_000", "mp_rank_00_001"):
             rewrite(directory, lambda content: content.pop("args"), rank)
         source = model.open(directory)
-        assert source.layout == {"tp": 1, "pp": 1, "ep": 1} | layout
+        assert ({"tp": 1, "pp": 1, "ep": 1} | layout).items() <= source.layout.items()
         model.assert_held_by(source)
 
 

@@ -381,17 +381,6 @@ def test_a_model_size_of_another_shape_is_an_error(source, tmp_path, capsys):
     assert "num_hidden_layers is 2" in (error := capsys.readouterr().err) and "32 in MODEL_SIZE 7B" in error
 
 
-def test_a_layout_argument_describes_the_source_of_an_uncut_target(source, tmp_path, capsys):
-    run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2)
-    capsys.readouterr()
-    assert run(tmp_path / "mcore", tmp_path / "same", "--format", "hf", "--tp", 2) == 0
-    assert capsys.readouterr().err == ""
-    assert run(tmp_path / "mcore", tmp_path / "other", "--format", "hf", "--tp", 4) == 1
-    assert "--tp is 4, but SRC is mcore release, tp 2" in capsys.readouterr().err
-    assert run(source, tmp_path / "copy", "--format", "hf", "--tp", 4) == 0
-    assert capsys.readouterr().err.startswith("warning: --tp 4 has no effect")
-
-
 def test_the_module_is_the_command(source, tmp_path):
     command = [sys.executable, "-m", "megatron_patch.convert", source, tmp_path / "out", "--format", "mcore"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
