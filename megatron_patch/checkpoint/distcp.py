@@ -8,7 +8,6 @@ import io
 import mmap
 import os
 import pickle
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
-from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler
+from megatron_patch.checkpoint.mapping import map_pages
+from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler, check_byte_order
 
 INDEX, DATA = ".metadata", "__0_0.distcp"
 _STORAGES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
@@ -177,15 +177,12 @@ def map_part(part: Part) -> Tensor:
             reader = torch._C.PyTorchFileReader(window)
             storage, offset, size, stride = BoxUnpickler(io.BytesIO(reader.get_record("data.pkl"))).load()
             record, count = f"data/{storage[2]}", storage[4]
-            if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
-                raise pickle.UnpicklingError("it was written on a machine of the other byte order")
+            check_byte_order(reader)
             if (storage[1], tuple(size)) != (_STORAGES[part.dtype], box.shape):
                 raise pickle.UnpicklingError(f"{storage[1]} {tuple(size)}, but {INDEX} says {part.dtype} {box.shape}")
             before = box.offset % mmap.ALLOCATIONGRANULARITY
             first = before + reader.get_record_offset(record)
-            # unreserved: the system would refuse a private mapping of more than its memory
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            pages = mmap.mmap(file.fileno(), before + box.length, flags, offset=box.offset - before)
+            pages = map_pages(file, box.offset - before, before + box.length)
         values = torch.frombuffer(pages, dtype=part.dtype, count=count, offset=first)
         return values.as_strided(size, stride, offset)[part.slices]
     except Exception as error:  # a damaged box raises whatever its last readable byte leads to

@@ -8,6 +8,8 @@ assign attributes.
 
 import argparse
 import collections
+import io
+import mmap
 import pickle
 import sys
 import types
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_patch.checkpoint.mapping import map_pages
 
 # Real checkpoints hold these in `args` or `rng_state`; they are read as inert stand-ins, never resolved.
 _INERT_MODULES = frozenset({"collections", "datetime", "decimal", "enum", "fractions", "pathlib", "signal", "uuid"})
@@ -57,6 +61,28 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._resolved[full]
 
 
+class MappedUnpickler(RestrictedUnpickler):
+    """Makes tensors of the pages of their file; a storage is one without a shape."""
+
+    def __init__(self, reader: torch._C.PyTorchFileReader, pages: mmap.mmap) -> None:
+        super().__init__(io.BytesIO(reader.get_record("data.pkl")), encoding="utf-8")
+        self._reader, self._pages = reader, pages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A storage's class as the type of its elements."""
+        if module in ("torch", "torch.cuda") and name.endswith("Storage"):
+            return torch.storage._get_dtype_from_pickle_storage_type(name)
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        """The storage that `pid` describes: its kind, elements' type, record, device and number of elements."""
+        _, dtype, record, _, count = pid
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        offset = self._reader.get_record_offset(f"data/{record}")
+        return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=offset)
+
+
 def read_pt(path: Path) -> Any:
     """The object in a zip-format `.pt`, tensors memory-mapped on the CPU.
 
@@ -65,10 +91,12 @@ def read_pt(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        reader = torch._C.PyTorchFileReader(str(path))
+        if reader.has_record("constants.pkl"):
             raise pickle.UnpicklingError("it is a TorchScript program, not a checkpoint")
-        restricted = types.SimpleNamespace(__name__=__name__, Unpickler=RestrictedUnpickler)
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=restricted, mmap=True)
+        check_byte_order(reader)
+        with path.open("rb") as file:
+            return MappedUnpickler(reader, map_pages(file)).load()
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
@@ -76,9 +104,15 @@ def read_pt(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or not a torch checkpoint: {first_line}") from None
 
 
+def check_byte_order(reader: torch._C.PyTorchFileReader) -> None:
+    """Raise UnpicklingError where values stand in the order of another kind of machine."""
+    if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
+        raise pickle.UnpicklingError("it was written on a machine of the other byte order")
+
+
 def _fresh_names() -> dict[str, Any]:
-    def tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-        return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, None)
+    def tensor(storage: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+        return storage.as_strided(size, stride, offset)
 
     def parameter(data: Any, *_: Any) -> Any:
         return data
@@ -93,7 +127,7 @@ def _fresh_names() -> dict[str, Any]:
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
-        "torch.storage.UntypedStorage": type("UntypedStorage", (Inert,), {"dtype": torch.uint8}),
+        "torch.storage.UntypedStorage": torch.uint8,
         "torch.Size": torch.Size,
         "argparse.Namespace": type("Namespace", (argparse.Namespace,), {}),
         "types.SimpleNamespace": types.SimpleNamespace,

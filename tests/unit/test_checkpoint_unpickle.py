@@ -30,6 +30,49 @@ def call(module: str, name: str, *arguments: str) -> bytes:
     return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"(" + packed + b"tR."
 
 
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """Its tensors are holes in the file."""
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = sum(int(memory[name].split()[0]) for name in ("MemTotal", "SwapTotal")) * 1024
+    path, count = tmp_path / "large.pt", total // 2**30 + 1
+    with torch.serialization.skip_data():
+        torch.save([torch.empty(2**30, dtype=torch.uint8) for _ in range(count)], path)
+    assert path.stat().st_size > total and path.stat().st_blocks * 512 < total // 100
+    tensors = read_pt(path)
+    assert len(tensors) == count and tensors[-1][-1] == 0
+
+
+def test_a_tensor_is_the_part_of_its_storage_that_it_was(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    kinds = [torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
+    saved = {
+        "shares": [whole, whole[1:3, ::2].t()],
+        "kinds": [torch.ones(3).to(kind) for kind in kinds],
+        "others": [torch.empty(0, 5), torch.tensor(7.0), torch.nn.Parameter(whole)],
+    }
+    unread = {"storage": torch.ones(3).untyped_storage(), "new": torch.ones(3, dtype=torch.uint16)}
+    torch.save(saved | unread, tmp_path / "a.pt")
+    read = read_pt(tmp_path / "a.pt")
+    for name, tensors in saved.items():
+        for ours, theirs in zip(read[name], tensors, strict=True):
+            assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride()) and torch.equal(ours, theirs)
+
+
+def test_reading_never_writes_to_the_file(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "a.pt")
+    read_pt(tmp_path / "a.pt").fill_(1)
+    assert not read_pt(tmp_path / "a.pt").any()
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
+    torch.save(torch.zeros(4), tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    assert content.count(b"K\x04\x85") == 1  # its size, (4,)
+    (tmp_path / "a.pt").write_bytes(content.replace(b"K\x04\x85", b"K\x05\x85"))
+    with pytest.raises(ValueError, match=r"a.pt is truncated or not a torch checkpoint: .* out of bounds"):
+        read_pt(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
