@@ -21,10 +21,10 @@ from megatron_patch.checkpoint.upcycle import upcycle
 from megatron_patch.config.checks import check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
-from megatron_patch.families.manifest import Entry, manifest
+from megatron_patch.families.manifest import Entry, listed, manifest
 from megatron_patch.families.resolve import Resolved, from_checkpoint, read_config
 from megatron_patch.families.upcycle import Upcycling, resolve_upcycled, upcycled_hf_config
-from megatron_patch.verify import check_equal, check_logits
+from megatron_patch.verify import check_can_run, check_equal, check_logits
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 _COMMAND = "python3 -m megatron_patch.convert"
@@ -121,6 +121,8 @@ def convert(job: Job) -> Summary:
     if job.upcycling:
         family, config = resolve_upcycled(config, job.upcycling)
     check_model(config)
+    if job.verify_logits:
+        check_can_run(config, job.verify_logits)
     entries = manifest(family, config)
     target = Target(**{name: value for name, value in job.layout.items() if name in wanted.options})
     wanted.check(entries, config, target)
@@ -158,8 +160,8 @@ def _fingerprint(entries: list[Entry], source: Source) -> str:
 
 
 def _not_numbers(written: Written) -> list[str]:
-    names = ", ".join(written.nan)
-    return [f"{len(written.nan)} tensors hold NaN, written as they are: {names}"] if written.nan else []
+    count = len(written.nan)
+    return [f"{count} tensors hold NaN, written as they are: {listed(written.nan)}"] if count else []
 
 
 def check_paths(job: Job) -> None:
