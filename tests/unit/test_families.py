@@ -258,7 +258,10 @@ def test_what_would_change_the_mathematics_is_refused(name, change):
         ({"hidden_size": 10**4000}, r"hidden_size is 1000+…; a whole number"),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; an object is needed"),
         ({"rope_scaling": "x"}, "rope_scaling is 'x'; an object is needed"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"rope_parameters.full_attention is .*; one setting for all"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            r"rope_parameters.full_attention is .*; one setting for all",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config says .* quantised \('gptq'\)"),
         ({"compression_config": {"format": "pack"}}, r"compression_config says .* quantised \(None\)"),
     ],
