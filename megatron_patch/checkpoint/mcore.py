@@ -35,6 +35,7 @@ from megatron_patch.families.manifest import Entry
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+MOST_DIGITS = 18  # of an iteration
 
 
 def holds_mcore(directory: Path) -> bool:
@@ -48,7 +49,7 @@ def latest_directory(root: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it names the iteration to read, or says release")
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
+    if text != "release" and not (text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS):
         raise ValueError(f"{path} says {text[:40]!r}; it must be release or an iteration number")
     directory = root / iteration_name(None if text == "release" else int(text))
     if not directory.is_dir():

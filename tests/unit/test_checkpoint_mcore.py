@@ -164,9 +164,10 @@ def test_a_missing_tracker_or_iteration_is_named(tmp_path):
         FileNotFoundError, match=r"iter_0000011 does not exist, but .*latest_checkpointed_iteration.txt"
     ):
         open_it(tmp_path)
-    (tmp_path / mcore.TRACKER).write_text("../other")
-    with pytest.raises(ValueError, match=r"says '../other'; it must be release or an iteration number"):
-        open_it(tmp_path)
+    for text, told in (("../other", "'../other'"), ("9" * 5000, "'9+'")):
+        (tmp_path / mcore.TRACKER).write_text(text)
+        with pytest.raises(ValueError, match=rf"iteration.txt says {told}; it must be release or an iteration number"):
+            open_it(tmp_path)
     (tmp_path / mcore.TRACKER).unlink()
     with pytest.raises(FileNotFoundError, match=r"latest_checkpointed_iteration.txt does not exist"):
         open_it(tmp_path)
