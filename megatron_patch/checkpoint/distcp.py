@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
 from megatron_patch.checkpoint.mapping import map_pages
-from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler, check_byte_order
+from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler, check_byte_order, reason, record_offset
 
 INDEX, DATA = ".metadata", "__0_0.distcp"
 _STORAGES = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}
@@ -123,9 +123,10 @@ def read_index(directory: Path) -> dict[str, Stored]:
             index = IndexUnpickler(file).load()
         tensors = _tensors(directory, index)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is refused: {reason(error)}") from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
-        raise ValueError(f"{path} is truncated or not a torch.distributed.checkpoint index: {error!r}") from None
+        told = f"{type(error).__name__}: {reason(error)}"
+        raise ValueError(f"{path} is truncated or not a torch.distributed.checkpoint index: {told}") from None
     for name, stored in tensors.items():
         _check_stored(path, name, stored)
     _check_files(path, tensors.values())
@@ -181,13 +182,12 @@ def map_part(part: Part) -> Tensor:
             if (storage[1], tuple(size)) != (_STORAGES[part.dtype], box.shape):
                 raise pickle.UnpicklingError(f"{storage[1]} {tuple(size)}, but {INDEX} says {part.dtype} {box.shape}")
             before = box.offset % mmap.ALLOCATIONGRANULARITY
-            first = before + reader.get_record_offset(record)
+            first = before + record_offset(reader, record, count * part.dtype.itemsize)
             pages = map_pages(file, box.offset - before, before + box.length)
         values = torch.frombuffer(pages, dtype=part.dtype, count=count, offset=first)
         return values.as_strided(size, stride, offset)[part.slices]
     except Exception as error:  # a damaged box raises whatever its last readable byte leads to
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{box.file}: what stands at byte {box.offset} is no tensor to read: {first_line}") from None
+        raise ValueError(f"{box.file}: at byte {box.offset} stands no tensor to read: {reason(error)}") from None
 
 
 def lay_out(

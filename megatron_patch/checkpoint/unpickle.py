@@ -13,6 +13,7 @@ import mmap
 import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _INERT_NAMES = frozenset(
     | {f"builtins.{name}" for name in ("bool", "bytearray", "bytes", "dict", "float", "int", "list", "object")}
     | {f"builtins.{name}" for name in ("range", "slice", "str", "tuple")}
 )
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PYTHON2_MODULES = types.MappingProxyType({"__builtin__": "builtins", "copy_reg": "copyreg"})
 
 
@@ -79,7 +81,7 @@ class MappedUnpickler(RestrictedUnpickler):
         _, dtype, record, _, count = pid
         if not count:
             return torch.empty(0, dtype=dtype)
-        offset = self._reader.get_record_offset(f"data/{record}")
+        offset = record_offset(self._reader, f"data/{record}", count * dtype.itemsize)
         return torch.frombuffer(self._pages, dtype=dtype, count=count, offset=offset)
 
 
@@ -91,17 +93,43 @@ def read_pt(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
+        _check_age(path)
         reader = torch._C.PyTorchFileReader(str(path))
         if reader.has_record("constants.pkl"):
             raise pickle.UnpicklingError("it is a TorchScript program, not a checkpoint")
         check_byte_order(reader)
+        _check_stored(path)
         with path.open("rb") as file:
             return MappedUnpickler(reader, map_pages(file)).load()
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is refused: {reason(error)}") from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is truncated or not a torch checkpoint: {first_line}") from None
+        raise ValueError(f"{path} is truncated or not a torch checkpoint: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of what an exception says, in one line."""
+    return " ".join((str(error) or type(error).__name__).split()).partition(". ")[0].rstrip(".")
+
+
+def record_offset(reader: torch._C.PyTorchFileReader, record: str, size: int) -> int:
+    """Where the `size` bytes of a record start. Raises UnpicklingError where it holds another number of bytes."""
+    if reader.get_record_size(record) != size:
+        raise pickle.UnpicklingError(f"{record} holds {reader.get_record_size(record)} bytes, and {size} are meant")
+    return reader.get_record_offset(record)
+
+
+def _check_age(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
+            raise pickle.UnpicklingError("torch before 1.6 wrote it; torch.load and torch.save it once more")
+
+
+def _check_stored(path: Path) -> None:
+    """Raise UnpicklingError where values are compressed, so that pages of the file are not the values."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise pickle.UnpicklingError("it is compressed; torch.save never does that")
 
 
 def check_byte_order(reader: torch._C.PyTorchFileReader) -> None:

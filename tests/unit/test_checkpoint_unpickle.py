@@ -1,6 +1,7 @@
 import argparse
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,18 +11,23 @@ import numpy
 import pytest
 import torch
 
-from megatron_patch.checkpoint.unpickle import Inert, read_pt
+from megatron_patch.checkpoint.unpickle import Inert, read_pt, reason
+
+
+def rezip(path: Path, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> Path:
+    """The file with its records changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(name, data))
+    return path
 
 
 def write_pickle(path: Path, program: bytes) -> Path:
     """A `.pt` whose object is the raw pickle `program`."""
     torch.save({"model": {}}, path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, program if name.endswith("data.pkl") else data)
-    return path
+    return rezip(path, lambda name, data: program if name.endswith("data.pkl") else data)
 
 
 def call(module: str, name: str, *arguments: str) -> bytes:
@@ -71,6 +77,30 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(content.replace(b"K\x04\x85", b"K\x05\x85"))
     with pytest.raises(ValueError, match=r"a.pt is truncated or not a torch checkpoint: .* out of bounds"):
         read_pt(tmp_path / "a.pt")
+
+
+def test_values_that_are_not_where_they_are_said_to_be_are_refused(tmp_path):
+    """Pages of such a file would be read as numbers that nobody wrote."""
+    torch.save({"a": torch.ones(1000), "b": torch.ones(1000)}, tmp_path / "whole.pt")
+    shorter = rezip(
+        shutil.copy(tmp_path / "whole.pt", tmp_path / "short.pt"), lambda n, d: d[:-4] if "data/0" in n else d
+    )
+    with pytest.raises(ValueError, match=r"short.pt is refused: data/0 holds 3996 bytes, and 4000 are meant$"):
+        read_pt(shorter)
+    with pytest.raises(ValueError, match=r"whole.pt is refused: it is compressed"):
+        read_pt(rezip(tmp_path / "whole.pt", compression=zipfile.ZIP_DEFLATED))
+
+
+def test_a_file_of_old_torch_says_what_to_do(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"a.pt is refused: torch before 1.6 wrote it; torch.load and torch.save it"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_a_refusal_is_one_line():
+    told = pickle.UnpicklingError("A load persistent id instruction was encountered,\nbut nothing. A second sentence.")
+    assert reason(told) == "A load persistent id instruction was encountered, but nothing"
+    assert reason(EOFError()) == "EOFError"
 
 
 @pytest.mark.parametrize(
