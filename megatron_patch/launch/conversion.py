@@ -55,14 +55,14 @@ class Conversion:
 
     def command(self, options: list[str]) -> list[str]:
         """The command that converts. Raises UsageError for an option that says again what is already decided."""
-        said = {**self.layout, "--assets": self.assets, "--dtype": self.dtype, **_changed(self.upcycling)}
-        flags = [text for flag, value in said.items() if value for text in (flag, str(value))]
+        all_flags = {**self.layout, "--assets": self.assets, "--dtype": self.dtype, **_changed(self.upcycling)}
+        said = {flag: str(value) for flag, value in all_flags.items() if value}
         for name in options:
-            if name.split("=")[0] in flags:
+            if name.split("=")[0] in said:
                 raise UsageError(f"{name.split('=')[0]} follows from the arguments before it; say it once")
         return [
             *(sys.executable, "-m", "megatron_patch.convert", self.source, self.target, "--format", self.format),
-            *flags,
+            *(text for flag in said.items() for text in flag),
             *("--model-size", self.size, *options),
         ]
 

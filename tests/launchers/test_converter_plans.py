@@ -107,6 +107,11 @@ def test_an_uneven_first_stage_and_local_names_are_passed_on(planned, monkeypatc
     assert any("MP_PP0_LAYERS has no effect" in warning for warning in plan["warnings"])
 
 
+def test_an_option_whose_value_is_that_of_an_argument_is_no_second_saying_of_it(planned):
+    command = planned("deepseek-convert", [*DEEPSEEK, "--etp", DEEPSEEK[3]])["command"]
+    assert after(command, "--etp") == after(command, "--tp") == DEEPSEEK[3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
