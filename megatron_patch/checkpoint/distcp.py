@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.mapping import map_pages
 from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler, check_byte_order, reason, record_offset
 
@@ -118,10 +119,9 @@ def read_index(directory: Path) -> dict[str, Stored]:
     path = directory / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    content = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            index = IndexUnpickler(file).load()
-        tensors = _tensors(directory, index)
+        tensors = _tensors(directory, IndexUnpickler(io.BytesIO(content)).load())
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: {reason(error)}") from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
@@ -186,6 +186,8 @@ def map_part(part: Part) -> Tensor:
             pages = map_pages(file, box.offset - before, before + box.length)
         values = torch.frombuffer(pages, dtype=part.dtype, count=count, offset=first)
         return values.as_strided(size, stride, offset)[part.slices]
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, str(box.file)) from None
     except Exception as error:  # a damaged box raises whatever its last readable byte leads to
         raise ValueError(f"{box.file}: at byte {box.offset} stands no tensor to read: {reason(error)}") from None
 
@@ -203,7 +205,7 @@ def lay_out(
     storage: dict[dcp.MetadataIndex, StorageInfo] = {}
     skeletons: dict[tuple[tuple[int, ...], torch.dtype], tuple[bytes, int, bytes]] = {}
     offsets = []
-    with (directory / DATA).open("wb") as file:
+    with named_errors(directory / DATA), (directory / DATA).open("wb") as file:
         for box in boxes:
             if properties.setdefault(box.name, dcp.TensorProperties(box.dtype)).dtype != box.dtype:
                 raise ValueError(f"{box.name} is one tensor for several layers or experts; give them one dtype")
@@ -230,7 +232,7 @@ def lay_out(
 
 
 def _write_index(path: Path, contents: dict[str, Any], storage: dict[dcp.MetadataIndex, StorageInfo]) -> None:
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         pickle.dump(dcp.Metadata(contents, storage_data=storage, storage_meta=dcp.StorageMeta()), file)
         file.flush()
         os.fsync(file.fileno())
@@ -263,8 +265,8 @@ class _Window(io.RawIOBase):
 
 def _skeleton(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, int, bytes]:
     """What torch.save writes before the values of a tensor, the size of its values, and what it writes after them."""
-    with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), path)
+    with named_errors(path), torch.serialization.skip_data(), path.open("wb") as file:
+        torch.save(torch.empty(shape, dtype=dtype), file)
     reader = torch._C.PyTorchFileReader(str(path))
     start, size = reader.get_record_offset("data/0"), reader.get_record_size("data/0")
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
+from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args
 from megatron_patch.checkpoint.placement import Rank
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, ZEROS, Item, Spelling, items
@@ -220,7 +220,7 @@ def _check_payload(
 def _rank_paths(directory: Path, spelling: Spelling) -> dict[Rank, Path]:
     """The file of every rank. Raises FileNotFoundError for a gap, ValueError for a name that is none."""
     found: dict[tuple[int, ...], Path] = {}
-    for path in sorted(directory.glob("mp_rank_*")):
+    for path in rank_directories(directory):
         match = _RANK.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is no rank's directory; they are called mp_rank_TT, mp_rank_TT_PPP, and so on")

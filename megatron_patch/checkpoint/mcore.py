@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import move_directory, write_text
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
 from megatron_patch.checkpoint.megatron_args import megatron_args
@@ -55,6 +56,11 @@ def latest_directory(root: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist, but {path} names it")
     return directory
+
+
+def rank_directories(iteration: Path) -> list[Path]:
+    """What is called a rank's directory. Raises PermissionError, which a glob would take for no match."""
+    return sorted(path for path in iteration.iterdir() if path.name.startswith("mp_rank_"))
 
 
 def iteration_name(iteration: int | None) -> str:
@@ -148,16 +154,10 @@ def _rank_name(rank: int) -> str:
 
 def _save(path: Path, payload: dict[str, Any]) -> None:
     """`torch.save`, on the disk when it returns. Raises OSError naming `path` when the disk is full."""
-    try:
-        with path.open("wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):  # else torch's zip writer only says that it lost its place
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    with named_errors(path), path.open("wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
+from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args, stored_size
 from megatron_patch.checkpoint.placement import (
     EMBEDDING,
@@ -155,7 +155,7 @@ def open_mcore(root: Path, entries: list[Entry], config: ModelConfig) -> McoreSo
 def _open_files(directory: Path) -> dict[tuple[int, ...], _RankFile]:
     """The files by the numbers in their directories' names, all of them equally many."""
     files = {}
-    for path in sorted(directory.glob("mp_rank_*")):
+    for path in rank_directories(directory):
         match = _RANK.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is not a rank's directory: mp_rank_TT, mp_rank_TT_NNN or mp_rank_TT_PPP_EEE")

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_patch.checkpoint.cast import check_range, holds_nan
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.interface import PartedSource, Source, Written
 from megatron_patch.checkpoint.rows import Band, Move, trace
 from megatron_patch.families.manifest import Entry
@@ -146,8 +147,9 @@ def _lay_out_pt(path: Path, payload: Mapping[str, Any], source: Source) -> Itera
         return {key: blank(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.serialization.skip_data():
-        torch.save(blank(payload), path)
+    # a file of Python's own, because an error of torch's is not told apart from any other
+    with named_errors(path), torch.serialization.skip_data(), path.open("wb") as file:
+        torch.save(blank(payload), file)
     for tensor, (offset, size) in zip(tensors, _storages(path), strict=True):
         for piece in tensor.pieces if isinstance(tensor, Stack) else [tensor]:
             yield Place(path, offset, piece)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import write_text
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.distcp import (
     DATA,
     BlankBox,
@@ -260,7 +261,7 @@ def _extent(place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _write_common(path: Path, config: ModelConfig, dtype: torch.dtype, target: Target) -> None:
     args = megatron_args(config, Target(transformer_impl=target.transformer_impl), dtype)
     payload = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         torch.save(payload | {"content_metadata": {"singleton_local_shards": False}}, file)
         file.flush()
         os.fsync(file.fileno())

@@ -103,6 +103,8 @@ def read_pt(path: Path) -> Any:
             return MappedUnpickler(reader, map_pages(file)).load()
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: {reason(error)}") from None
+    except OSError as error:  # says nothing about what the file holds
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
         raise ValueError(f"{path} is truncated or not a torch checkpoint: {reason(error)}") from None
 
