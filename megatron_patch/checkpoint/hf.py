@@ -177,9 +177,13 @@ def _weight_map(directory: Path, single: str, index: str) -> dict[str, str]:
     if not pairs:
         raise ValueError(f"{path} names no tensor")
     for file_name in pairs.values():
-        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not _is_plain(file_name):
             raise ValueError(f"{path} names {file_name!r}; shards must be plain file names in the same directory")
     return pairs
+
+
+def _is_plain(file_name: str) -> bool:
+    return bool(file_name) and Path(file_name).name == file_name != ".." and file_name.isprintable()
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -93,4 +93,5 @@ def check_complete(wanted: Iterable[str], found: Iterable[str], where: str) -> N
 def listed(names: Sequence[str], shown: int = 4) -> str:
     """The first of `names`, and how many more there are."""
     more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+    legible = (name if name.isprintable() else repr(name) for name in names[:shown])
+    return ", ".join(legible) + (f" and {more:,} more" if more > 0 else "")

@@ -65,9 +65,12 @@ def by_architecture(hf: Mapping[str, Any], families: tuple[str, ...], directory:
     """The family whose architecture `hf` names."""
     listed = hf.get("architectures")
     named = listed[0] if isinstance(listed, list) and listed else None
-    for name in families:
-        if ALL[name].architecture == named:
-            return ALL[name]
+    for family in (ALL[name] for name in families):
+        if family.architecture == named:
+            if hf.get("model_type", family.model_type) != family.model_type:
+                told = f"model_type is {shown(hf['model_type'])}, but {named} is {family.model_type}"
+                raise ValueError(f"{directory}/config.json: {told}; correct one of them")
+            return family
     known = ", ".join(ALL[name].architecture for name in families)
     raise ValueError(f"{directory}/config.json: architectures[0] is {shown(named)}; supported here: {known}")
 

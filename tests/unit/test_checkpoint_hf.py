@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named(tmp_path):
         open_it(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "", 7])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "", 7, "..", "a\0b"])
 def test_an_index_cannot_point_outside_its_directory(tmp_path, name):
     save_file(hf_tensors(), tmp_path / "outside.safetensors")
     (tmp_path / "hf").mkdir()

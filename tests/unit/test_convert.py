@@ -118,10 +118,10 @@ def test_a_terminal_gets_a_progress_bar_in_bytes_with_the_time_left(source, tmp_
     assert re.search(r"writing:.*\d.*B/s", capsys.readouterr().err)
 
 
-def test_nan_weights_are_named_and_kept(tmp_path, capsys):
+def test_nan_weights_are_named_and_kept(source, tmp_path, capsys):
     tensors = hf_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
-    source = write_directory(tmp_path / "hf", tensors)
+    write_directory(source, tensors)
     assert run(source, tmp_path / "mcore", "--format", "mcore", "--tp", 2, "--verify") == 0
     output = capsys.readouterr()
     assert output.err == ("warning: 1 tensors hold NaN, written as they are: decoder.layers.1.mlp.linear_fc1.weight\n")
@@ -168,3 +168,25 @@ def test_the_module_is_the_command(source, tmp_path):
     command = [sys.executable, "-m", "megatron_patch.convert", source, tmp_path / "out", "--format", "mcore"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert result.stderr == "" and (tmp_path / "out" / "release" / "mp_rank_00").is_dir()
+
+
+def test_many_tensors_with_nan_are_counted_and_some_are_named(source, tmp_path, capsys):
+    write_directory(source, {name: torch.full_like(tensor, float("nan")) for name, tensor in hf_tensors().items()})
+    assert run(source, tmp_path / "mcore", "--format", "mcore", "--verify") == 0
+    assert re.fullmatch(r"warning: 15 tensors hold NaN, .*(decoder\S+, ){3}\S+ and 11 more\n", capsys.readouterr().err)
+
+
+def test_a_source_without_a_tokenizer_is_told(tmp_path, capsys):
+    source = write_directory(tmp_path / "hf", hf_tensors())
+    (source / "modeling_remote.py").write_text("")
+    assert run(source, tmp_path / "out", "--format", "hf") == 0
+    assert capsys.readouterr().err == (
+        f"warning: {source} holds no tokenizer, so none travels along; training will need --tokenizer-model\n"
+    )
+
+
+def test_both_spellings_of_the_type_are_kept_true(tmp_path):
+    source = write_directory(tmp_path / "hf", hf_tensors(), dtype="float32")
+    run(source, tmp_path / "half", "--format", "hf", "--dtype", "bf16")
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"

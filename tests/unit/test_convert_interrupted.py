@@ -2,15 +2,19 @@
 
 import contextlib
 import errno
+import itertools
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conversions import run, write_source
+from conversions import assert_equal_tensors, run, tensors_of, write_source
+from tiny_checkpoint import hf_tensors
 
 from megatron_patch.checkpoint.atomic import replaced_directory
 
@@ -134,3 +138,54 @@ def test_an_interrupted_conversion_says_so_and_leaves_nothing(source, tmp_path, 
     assert run(source, tmp_path / "out", "--format", "mcore") == 130
     assert capsys.readouterr().err == f"convert: interrupted; {tmp_path / 'out'} is as it was\n"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_others_put_into_the_target_meanwhile_is_kept(source, tmp_path, capsys, monkeypatch):
+    def written_by_another(directory, dtype):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years")
+
+    monkeypatch.setattr("megatron_patch.convert.write_dtype", written_by_another)
+    assert run(source, tmp_path / "out", "--format", "mcore") == 1
+    assert "is not empty; choose another directory" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_an_interruption_of_the_replacement_itself_loses_nothing(source, tmp_path, capsys, monkeypatch, moved):
+    """Ctrl-C right after the first rename, and after the second."""
+    run(source, tmp_path / "out", "--format", "hf")
+    real, count = Path.rename, itertools.count(1)
+
+    def rename(path, target):
+        real(path, target)
+        if next(count) == moved:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert run(source, tmp_path / "out", "--format", "mcore", "--overwrite") == 130
+    assert (tmp_path / "out" / "release").exists() == (moved == 2)
+    assert ("was replaced already and is complete" if moved == 2 else "is as it was") in capsys.readouterr().err
+    assert run(source, tmp_path / "out", "--format", "hf", "--overwrite") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("format", ["hf", "mcore", "torch_dist"])
+def test_a_source_that_is_deleted_meanwhile_is_converted_or_named(source, tmp_path, capsys, monkeypatch, format):
+    run(source, tmp_path / "src", "--format", format)
+    real = os.pwrite
+
+    def delete_and_write(*arguments):
+        shutil.rmtree(tmp_path / "src", ignore_errors=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", delete_and_write)
+    status = run(tmp_path / "src", tmp_path / "out", "--format", "mcore")
+    error = capsys.readouterr().err
+    monkeypatch.undo()
+    if status:
+        assert str(tmp_path / "src") in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    else:
+        run(tmp_path / "out", tmp_path / "back", "--format", "hf")
+        assert_equal_tensors(tensors_of(tmp_path / "back"), hf_tensors())

@@ -15,12 +15,20 @@ def source(tmp_path):
     return write_source(tmp_path / "hf")
 
 
-def test_values_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (65520.0, "fp16", "has values beyond fp16's 65504; keep the dtype or use bf16"),
+        (-1e5, "fp16", "has values beyond fp16's 65504; keep the dtype or use bf16"),
+        (3.4e38, "bf16", "has values beyond bf16's 3.38953e+38; keep the dtype"),
+    ],
+)
+def test_values_that_a_type_cannot_hold_are_refused_and_nothing_is_left(tmp_path, capsys, value, dtype, told):
     tensors = hf_tensors()
-    tensors["model.norm.weight"][3] = 1e5
+    tensors["model.norm.weight"][3] = value
     write_directory(tmp_path / "hf", tensors)
-    assert run(tmp_path / "hf", tmp_path / "half", "--format", "hf", "--dtype", "fp16") == 1
-    assert "decoder.final_layernorm.weight has values beyond fp16" in capsys.readouterr().err
+    assert run(tmp_path / "hf", tmp_path / "half", "--format", "hf", "--dtype", dtype) == 1
+    assert f"decoder.final_layernorm.weight {told}\n" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -28,6 +36,9 @@ def test_values_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path, 
     ("target", "options", "message"),
     [
         ("new", ["--tp", "0"], "--tp: 0 is not a count; it must be at least 1"),
+        ("new", ["--tp", "9" * 5000], f"--tp: {'9' * 18}… is not a count; it must be at least 1"),
+        ("loop", [], "is a link that leads to itself"),
+        ("linked", ["--overwrite"], "tokenizer.model is a link into DST"),
         ("hf", [], "lies inside SRC"),
         ("hf/inner", ["--overwrite"], "lies inside SRC"),
         (".", ["--overwrite"], "lies inside DST"),
@@ -41,6 +52,10 @@ def test_a_command_that_cannot_work_exits_2_and_touches_nothing(source, tmp_path
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years")
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    write_directory(tmp_path / "linked", hf_tensors())
+    (source / "tokenizer.model").unlink()
+    (source / "tokenizer.model").symlink_to(tmp_path / "linked" / "config.json")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         run(source, tmp_path / target, "--format", "mcore", *options)
@@ -75,4 +90,35 @@ def test_routing_that_no_token_could_follow_is_told_before_anything_is_written(t
     save_file({}, source / "model.safetensors")
     assert run(source, tmp_path / "out", "--format", "mcore") == 1
     assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda hf: (hf / "tokenizer.model").unlink(), None),
+        (lambda hf: (hf / "merges.txt").symlink_to("nowhere"), "merges.txt is a link to a file that does not exist"),
+        (lambda hf: rename(hf, "\x1b[2J\n"), r"1 unknown ('\x1b[2J\n')"),
+        (lambda hf: write_directory(hf, hf_tensors(), model_type="llama"), "model_type is 'llama', but Mistral"),
+        (lambda hf: write_directory(hf, hf_tensors(), num_hidden_layers=10**7), "at most 262,144 are supported"),
+        (lambda hf: write_directory(hf, hf_tensors(), quantization_config={"quant_method": "awq"}), "('awq')"),
+    ],
+    ids=["less", "dangling", "terminal codes", "model_type", "layers", "quantised"],
+)
+def test_a_source_that_cannot_be_used_ends_in_one_line(source, tmp_path, capsys, change, told):
+    change(source)
+    assert run(source, tmp_path / "out", "--format", "mcore") == (1 if told else 0)
+    error = capsys.readouterr().err
+    assert error == "" if told is None else told in error and error.count("\n") == 1
+    assert (tmp_path / "out").exists() == (told is None)
+
+
+def rename(hf, name):
+    tensors = hf_tensors()
+    write_directory(hf, tensors | {name: tensors.pop("model.norm.weight")})
+
+
+def test_logits_that_cannot_be_computed_are_refused_before_anything_is_written(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--format", "mcore", "--verify-logits", 65) == 1
+    assert "logits of 65 tokens cannot be compared: max_position_embeddings is 64" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
