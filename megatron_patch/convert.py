@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         with peak_memory() as peak:
             summary = convert(job)
     except (ValueError, OSError) as error:
-        print(f"convert: {_told(error)}", file=sys.stderr)
+        print(f"convert: {_told(error, job.target)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         state = "is as it was" if _identity(job.target) == before else "was replaced already and is complete"
@@ -97,11 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _told(error: ValueError | OSError) -> str:
+def _told(error: ValueError | OSError, target: Path | None = None) -> str:
     """What happened; of an error of the system without its number, and of two files the one that was written."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    file = error.filename2 or error.filename
+    file = error.filename2 or error.filename or target
     return f"{file}: {error.strerror}" if file else error.strerror
 
 
