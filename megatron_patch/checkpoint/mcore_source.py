@@ -33,7 +33,7 @@ from megatron_patch.checkpoint.unpickle import read_pt
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_RANK = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12]\.weight\d+|weight[12])$")
 _SECOND = re.compile(r"\.mlp\.experts\..*linear_fc2\.weight\d*$")
@@ -252,12 +252,11 @@ def _check_present(directory: Path, files: Mapping[Rank, _RankFile], target: Tar
 
     Where experts are not cut, Megatron writes fewer files than ranks: each shard and each expert is in some file.
     """
-    missing = set(ranks(target)) - set(files)
-    if target.expert_tp < target.tp:
-        shards, experts = {(tp, pp) for tp, pp, _ in files}, {(pp, ep) for _, pp, ep in files}
-        missing = {(tp, pp, ep) for tp, pp, ep in missing if (tp, pp) not in shards or (pp, ep) not in experts}
-    for rank in sorted(missing):
-        raise FileNotFoundError(f"{directory / rank_name(target, *rank)} does not exist")
+    shards, experts = {(tp, pp) for tp, pp, _ in files}, {(pp, ep) for _, pp, ep in files}
+    for rank in ranks(target):
+        is_spared = target.expert_tp < target.tp and rank[:2] in shards and rank[1:] in experts
+        if rank not in files and not is_spared:
+            raise FileNotFoundError(f"{directory / rank_name(target, *rank)} does not exist")
 
 
 def _matched(

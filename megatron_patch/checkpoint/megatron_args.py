@@ -32,6 +32,7 @@ _PARALLEL_COMPARED = {
     "virtual_pipeline_model_parallel_size": "vp",
     "decoder_first_pipeline_num_layers": "first_stage_layers",
 }
+MOST_RANKS = 99999  # along one axis
 _NAMESPACES = (argparse.Namespace, SimpleNamespace)  # Megatron's own, and its old converters'
 _EXPERT_COMPARED = {"expert_model_parallel_size": "ep", "expert_tensor_parallel_size": "expert_tp"}
 
@@ -86,9 +87,9 @@ def check_architecture(file: Path, args: Any, config: ModelConfig) -> None:
 
 
 def stored_size(args: Any, name: str) -> int:
-    """The size that `args` record under `name`; 1 where they record none."""
+    """The size that `args` record under `name`; 1 where they record none that could be one."""
     size = getattr(args, name, None)
-    return size if _is_number(size) else 1
+    return size if type(size) is int and 1 <= size <= MOST_RANKS else 1
 
 
 def _wanted(config: ModelConfig) -> dict[str, Any]:

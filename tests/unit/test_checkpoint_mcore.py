@@ -187,6 +187,23 @@ def test_a_rank_too_many_is_refused(tmp_path):
         open_it(tmp_path)
 
 
+@pytest.mark.parametrize("size", [10**30, float("inf"), 2.5, 0, -1])
+def test_a_size_that_no_layout_has_is_named_with_the_file(tmp_path, size):
+    path = save(tmp_path, whole_tensors(), tp=2) / "mp_rank_00" / "model_optim_rng.pt"
+    rewrite(path, lambda payload: setattr(payload["args"], "tensor_model_parallel_size", size))
+    with pytest.raises(ValueError, match=r"rng.pt: args.tensor_model_parallel_size is .*, the directory holds 2"):
+        open_it(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("mp_rank_99999", "mp_rank_01 does not"), ("mp_rank_999999", "not a rank's")]
+)
+def test_a_rank_far_beyond_the_others_is_told_at_once(tmp_path, name, told):
+    shutil.copytree(save(tmp_path, whole_tensors()) / "mp_rank_00", tmp_path / "release" / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        open_it(tmp_path)
+
+
 def test_wrong_shapes_and_names_are_named_with_the_file(tmp_path):
     path = save(tmp_path, whole_tensors()) / "mp_rank_00" / "model_optim_rng.pt"
     rewrite(path, lambda payload: payload["model"].update({"decoder.final_layernorm.weight": torch.ones(15)}))
