@@ -195,7 +195,9 @@ def _open_safetensors(path: Path) -> Any:
 
 def _open_bin(path: Path) -> _BinFile:
     tensors = read_pt(path)
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise ValueError(f"{path} is not a dict of tensors; save model.state_dict() alone")
     return _BinFile(tensors)
 

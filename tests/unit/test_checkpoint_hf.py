@@ -237,8 +237,9 @@ def test_bin_files_are_held_to_the_same_rules(tmp_path):
         open_it(save_bins(tmp_path / "type", hf_tensors() | {"model.norm.weight": torch.ones(16, dtype=torch.int8)}))
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(15,\)"):
         open_it(save_bins(tmp_path / "shape", hf_tensors() | {"model.norm.weight": torch.ones(15)}))
-    with pytest.raises(ValueError, match=r"is not a dict of tensors"):
-        open_it(save_bins(tmp_path / "nested", {"state_dict": hf_tensors()}))
+    for kind, held in (("nested", {"state_dict": hf_tensors()}), ("numbered", {7: torch.ones(16)})):
+        with pytest.raises(ValueError, match=r"is not a dict of tensors"):
+            open_it(save_bins(tmp_path / kind, held))
     path = save_bins(tmp_path / "cut", hf_tensors()) / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"pytorch_model.bin is truncated or not a torch checkpoint"):
