@@ -69,7 +69,8 @@ class Place:
 def write_pt(files: Iterable[tuple[Path, Mapping[str, Any]]], source: Source) -> Written:
     """Write classic `.pt` files: dicts as `torch.save` takes them, with a Piece or Stack for each tensor.
 
-    The largest thing in memory is a chunk, or one tensor where `make` has to run. Raises OSError when the disk is full.
+    The largest thing in memory is a chunk, or one tensor where `make` has to run. Raises OSError when the disk is full,
+    ValueError where pieces of one tensor differ in type.
     """
     places = [place for path, payload in files for place in _lay_out_pt(path, payload, source)]
     return fill(places, source)
@@ -255,7 +256,13 @@ def _only(entry: Entry, parts: list[Tensor]) -> Tensor:
 
 
 def _dtype(tensor: Piece | Stack, source: Source) -> torch.dtype:
-    return source.dtype_of((tensor.pieces[0] if isinstance(tensor, Stack) else tensor).entry)
+    first, *others = (piece.entry for piece in (tensor.pieces if isinstance(tensor, Stack) else [tensor]))
+    dtype = source.dtype_of(first)
+    for entry in others:
+        if source.dtype_of(entry) != dtype:
+            told = f"{first.mcore} is {dtype} and {entry.mcore} {source.dtype_of(entry)}"
+            raise ValueError(f"{told}; the target has one tensor for both, so pass --dtype")
+    return dtype
 
 
 def _bytes(piece: Piece, source: Source) -> int:
