@@ -208,7 +208,8 @@ def lay_out(
     with named_errors(directory / DATA), (directory / DATA).open("wb") as file:
         for box in boxes:
             if properties.setdefault(box.name, dcp.TensorProperties(box.dtype)).dtype != box.dtype:
-                raise ValueError(f"{box.name} is one tensor for several layers or experts of different types; pass --dtype")
+                told = f"{box.name} is one tensor for several layers or experts"
+                raise ValueError(f"{told}, but their types differ; pass --dtype")
             kind = (box.shape, box.dtype)
             if kind not in skeletons:
                 skeletons[kind] = _skeleton(directory / f"{DATA}.partial", *kind)
