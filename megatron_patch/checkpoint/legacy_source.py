@@ -173,6 +173,7 @@ def open_legacy(spelling: Spelling, root: Path, entries: list[Entry], config: Mo
             for tp_rank in range(target.tp):
                 rank = tp_rank, stage, ep_rank
                 _check_file(paths[rank], files[rank], found, target)
+                _check_alike(paths, files, rank)
             for item in found:
                 if item.is_optional:
                     optional.append(Place(item, 0, stage, (ep_rank,)))
@@ -286,6 +287,16 @@ def _check_file(path: Path, file: File, found: list[Item], target: Target) -> No
                 _check_tensor(path, key, file[key], shape, is_padded=item.entries[0].shard == "vocab")
         if len({file[key].dtype for key in item.keys if key in file}) > 1:
             raise ValueError(f"{path}: {', '.join(item.keys)} become one tensor but differ in dtype")
+
+
+def _check_alike(paths: Mapping[Rank, Path], files: Mapping[Rank, File], rank: Rank) -> None:
+    """Raise ValueError unless this rank's shards are of the type and size that the first tensor-parallel rank's are."""
+    first = (0, *rank[1:])
+    for key, tensor in files[rank].items():
+        other = files[first].get(key, tensor)
+        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+            kinds = [f"{one.dtype} {tuple(one.shape)}" for one in (other, tensor)]
+            raise ValueError(f"{key} is {kinds[0]} in {paths[first]}, but {kinds[1]} in {paths[rank]}")
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor, wanted: tuple[int, ...], *, is_padded: bool) -> None:
