@@ -199,7 +199,11 @@ def test_layers_that_do_not_fill_the_stages_are_refused(refused, monkeypatch):
 
 @pytest.mark.parametrize(
     ("splits", "width", "told"),
-    [("3", "1408", "(NUM_SPLITS) 3 does not divide"), ("4", "1375", "(MOE_FFN) 1375 is below a part's width 1376")],
+    [
+        ("3", "1408", "(NUM_SPLITS) 3 does not divide"),
+        ("65", "1408", "(NUM_SPLITS) is 65; 64 experts can hold"),
+        ("4", "1375", "(MOE_FFN) 1375 is below a part's width 1376"),
+    ],
 )
 def test_parts_that_do_not_fit_are_refused_in_the_users_words(refused, monkeypatch, splits, width, told):
     monkeypatch.setenv("MP_DRY_RUN", "1")
