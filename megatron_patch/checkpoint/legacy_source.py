@@ -139,7 +139,7 @@ def spelling_of(directory: Path) -> Spelling | None:
     """How the checkpoint in `directory` is spelled; None when it is not a legacy one, or cannot be read."""
     try:
         file = min(latest_directory(directory).glob(f"mp_rank_*/{RANK_FILE}"), default=None)
-        keys = [] if file is None else list(_tensors(file, _payload(file)["model"]))
+        keys = [] if file is None else [key for key, _ in _leaves(_payload(file)["model"])]
     except (ValueError, OSError):
         return None
     if not any(key.startswith("language_model.") for key in keys):
@@ -192,18 +192,23 @@ def _payload(path: Path) -> dict[str, Any]:
     return payload
 
 
-def _tensors(path: Path, tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def _tensors(path: Path, tree: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor under its dotted key; `_extra_state` is the only thing left out."""
     found: dict[str, Tensor] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            found |= _tensors(path, value, f"{key}.")
-        elif isinstance(value, Tensor):
+    for key, value in _leaves(tree):
+        if isinstance(value, Tensor):
             found[key] = value
         elif not key.endswith("_extra_state"):
             raise ValueError(f"{path}: {key} is {type(value).__name__}, not a tensor")
     return found
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _check_payload(
