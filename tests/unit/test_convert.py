@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from beside_transformers import TINY, peer
 from conversions import ASSETS, assert_equal_tensors, run, tensors_of, write_source
 from tiny_checkpoint import CONFIG_JSON, hf_tensors, write_directory
 
@@ -60,6 +61,22 @@ def test_tokenizer_and_config_files_travel_and_weights_do_not(source, tmp_path):
         "release",
         "latest_checkpointed_iteration.txt",
     }
+
+
+@pytest.mark.parametrize("family", list(TINY))
+@torch.no_grad()
+def test_transformers_computes_from_what_comes_back_what_it_did(tmp_path, family):
+    torch.set_num_threads(1)
+    theirs = peer(family)
+    theirs.save_pretrained(tmp_path / "hf")
+    assert run(tmp_path / "hf", tmp_path / "mcore", "--format", "mcore", "--tp", 2) == 0
+    assert run(tmp_path / "mcore", tmp_path / "back", "--format", "hf") == 0
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", output_loading_info=True, experts_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = torch.arange(24).view(2, 12)
+    assert torch.equal(back(tokens).logits, theirs.eval()(tokens).logits)
 
 
 def test_transformers_loads_what_comes_back(tmp_path):
