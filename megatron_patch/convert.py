@@ -93,7 +93,17 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(_closing_line(job, summary, time.perf_counter() - start, peak()))
+    return _print_closing_line(_closing_line(job, summary, time.perf_counter() - start, peak()), job.target)
+
+
+def _print_closing_line(line: str, target: Path) -> int:
+    """The exit status: 1 where nobody could be told that all went well."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        print(f"convert: {target} is complete, but the output could not say so: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return 1
     return 0
 
 
@@ -223,6 +233,8 @@ def _check_replaceable(job: Job, source: Path, target: Path) -> None:
 
 
 def _resolved(name: str, path: Path) -> Path:
+    if os.fsencode(path).decode("utf-8", "replace") != str(path):  # neither torch nor safetensors opens such a file
+        raise ValueError(f"{name} {str(path)!r} is a name that is not UTF-8; rename it")
     try:
         return path.resolve()
     except RuntimeError:  # until Python 3.13

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,13 @@ def test_both_spellings_of_the_type_are_kept_true(tmp_path):
     run(source, tmp_path / "half", "--format", "hf", "--dtype", "bf16")
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_closing_line_that_cannot_be_written_is_told_without_a_traceback(source, tmp_path):
+    command = [sys.executable, "-m", "megatron_patch.convert", source, tmp_path / "out", "--format", "hf"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    told = f"convert: {tmp_path / 'out'} is complete, but the output could not say so: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert_equal_tensors(tensors_of(tmp_path / "out"), hf_tensors())

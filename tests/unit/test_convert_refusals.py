@@ -46,6 +46,7 @@ def test_values_that_a_type_cannot_hold_are_refused_and_nothing_is_left(tmp_path
         ("full", ["--overwrite"], "holds no checkpoint; --overwrite replaces checkpoints only"),
         ("file", [], "is a file; name a directory"),
         ("x" * 300, [], "File name too long"),
+        ("\udcff", [], "is a name that is not UTF-8; rename it"),
     ],
 )
 def test_a_command_that_cannot_work_exits_2_and_touches_nothing(source, tmp_path, capsys, target, options, message):
