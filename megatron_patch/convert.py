@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import fnmatch
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.checkpoint.assets import copy_assets, write_config, write_dtype
+from megatron_patch.checkpoint.assets import TOKENIZER, copy_assets, write_config, write_dtype
 from megatron_patch.checkpoint.atomic import replaced_directory
 from megatron_patch.checkpoint.cast import DTYPES, Cast
 from megatron_patch.checkpoint.formats import FORMATS, detect_format
@@ -21,12 +23,14 @@ from megatron_patch.checkpoint.upcycle import upcycle
 from megatron_patch.config.checks import check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
-from megatron_patch.families.manifest import Entry, manifest
+from megatron_patch.families.manifest import Entry, listed, manifest
 from megatron_patch.families.resolve import Resolved, from_checkpoint, read_config
 from megatron_patch.families.upcycle import Upcycling, resolve_upcycled, upcycled_hf_config
-from megatron_patch.verify import check_equal, check_logits
+from megatron_patch.plan.disk import check_writable
+from megatron_patch.verify import check_can_run, check_equal, check_logits
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+MOST_DIGITS = 18  # of a count
 _COMMAND = "python3 -m megatron_patch.convert"
 # Behind `--upcycle-`: the field of Upcycling.
 _UPCYCLING = {
@@ -39,6 +43,7 @@ _UPCYCLING = {
     "padding": "padding",
     "seed": "seed",
 }
+_EXPERT_LAYOUT = ("etp", "experts")  # of experts alone; an `ep` above 1 without experts is an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +79,44 @@ def main(argv: list[str] | None = None) -> int:
         job = _job(parser.parse_args(argv))
         check_paths(job)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    start = time.perf_counter()
+        parser.error(_told(error))
+    start, before = time.perf_counter(), _identity(job.target)
     try:
         with peak_memory() as peak:
             summary = convert(job)
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"convert: {_told(error, job.target)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"convert: interrupted; {job.target} is as it was", file=sys.stderr)
+        state = "is as it was" if _identity(job.target) == before else "was replaced already and is complete"
+        print(f"convert: interrupted; {job.target} {state}", file=sys.stderr)
         return INTERRUPTED
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(_closing_line(job, summary, time.perf_counter() - start, peak()))
+    return _print_closing_line(_closing_line(job, summary, time.perf_counter() - start, peak()), job.target)
+
+
+def _print_closing_line(line: str, target: Path) -> int:
+    """The exit status: 1 where nobody could be told that all went well."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        print(f"convert: {target} is complete, but the output could not say so: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return 1
     return 0
+
+
+def _told(error: ValueError | OSError, target: Path | None = None) -> str:
+    """What happened; of an error of the system without its number, and of two files the one that was written."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    file = error.filename2 or error.filename or target
+    return f"{file}: {error.strerror}" if file else error.strerror
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
 
 
 def _closing_line(job: Job, summary: Summary, seconds: float, peak: int) -> str:
@@ -120,6 +148,8 @@ def convert(job: Job) -> Summary:
     if job.upcycling:
         family, config = resolve_upcycled(config, job.upcycling)
     check_model(config)
+    if job.verify_logits:
+        check_can_run(config, job.verify_logits)
     entries = manifest(family, config)
     target = Target(**{name: value for name, value in job.layout.items() if name in wanted.options})
     wanted.check(entries, config, target)
@@ -130,13 +160,15 @@ def convert(job: Job) -> Summary:
     if job.dtype is not None:
         source = Cast(source, job.dtype)
     with replaced_directory(job.target) as partial:
-        copy_assets(assets, partial)
+        copied = copy_assets(assets, partial)
         if job.upcycling:
             write_config(partial, upcycled_hf_config(read_config(assets), family, config, "float32"))
         write_dtype(partial, str(source.dtype).removeprefix("torch."))
         written = wanted.write(partial, entries, config, source, target)
         _verify(job, entries, config, source, partial)
-    warnings = (*resolved.warnings, *_without_effect(job, source), *_not_numbers(written))
+        check_paths(job)  # somebody else may have filled DST meanwhile
+    told = (*_without_effect(job, source, config), *_not_numbers(written), *_no_tokenizer(assets, copied))
+    warnings = (*resolved.warnings, *told)
     return Summary(written, _fingerprint(entries, source), warnings)
 
 
@@ -157,29 +189,56 @@ def _fingerprint(entries: list[Entry], source: Source) -> str:
 
 
 def _not_numbers(written: Written) -> list[str]:
-    names = ", ".join(written.nan)
-    return [f"{len(written.nan)} tensors hold NaN, written as they are: {names}"] if written.nan else []
+    count = len(written.nan)
+    return [f"{count} tensors hold NaN, written as they are: {listed(written.nan)}"] if count else []
+
+
+def _no_tokenizer(assets: Path, copied: list[str]) -> list[str]:
+    if any(fnmatch.fnmatch(name, pattern) for name in copied for pattern in TOKENIZER if pattern != "*.py"):
+        return []
+    return [f"{assets} holds no tokenizer, so none travels along; training will need --tokenizer-model"]
 
 
 def check_paths(job: Job) -> None:
-    """Raise ValueError unless the target can be written without touching the source or anything else of value."""
-    source, target = job.source.resolve(), job.target.resolve()
+    """Raise ValueError or OSError unless the target can be written without touching anything else of value."""
+    source, target = _resolved("SRC", job.source), _resolved("DST", job.target)
     if target == source or source in target.parents:
         raise ValueError(f"DST {job.target} lies inside SRC {job.source}, which is never written to")
-    assets = job.assets and job.assets.resolve()
+    assets = job.assets and _resolved("--assets", job.assets)
     is_in_place = job.overwrite and target == assets  # its files travel into the replacement before it is replaced
     for name, kept in (("SRC", source), ("--assets", None if is_in_place else assets)):
         if kept and (target == kept or target in kept.parents):
             raise ValueError(f"{name} {kept} lies inside DST {job.target}, which would be replaced")
-    if job.target.exists() and not job.target.is_dir():
+    if target.exists() and not target.is_dir():
         raise ValueError(f"DST {job.target} is a file; name a directory")
-    if job.target.is_dir() and any(job.target.iterdir()):
-        if not job.overwrite:
-            raise ValueError(f"DST {job.target} is not empty; choose another directory or pass --overwrite")
-        try:
-            detect_format(job.target)
-        except FileNotFoundError:
-            raise ValueError(f"DST {job.target} holds no checkpoint; --overwrite replaces checkpoints only") from None
+    if target.is_dir() and any(target.iterdir()):
+        _check_replaceable(job, source, target)
+    check_writable(target)
+
+
+def _check_replaceable(job: Job, source: Path, target: Path) -> None:
+    """Raise ValueError or OSError unless what stands in the target may go, and can."""
+    if not job.overwrite:
+        raise ValueError(f"DST {job.target} is not empty; choose another directory or pass --overwrite")
+    try:
+        detect_format(target)
+    except FileNotFoundError:
+        raise ValueError(f"DST {job.target} holds no checkpoint; --overwrite replaces checkpoints only") from None
+    linked = [path for path in source.rglob("*") if path.is_symlink() and target in path.resolve().parents]
+    if linked:
+        raise ValueError(f"{linked[0]} is a link into DST {job.target}, which would be replaced")
+    for directory in (target, *(path for path in target.rglob("*") if path.is_dir())):
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(f"DST {job.target} cannot be replaced: no permission in {directory}")
+
+
+def _resolved(name: str, path: Path) -> Path:
+    if os.fsencode(path).decode("utf-8", "replace") != str(path):  # neither torch nor safetensors opens such a file
+        raise ValueError(f"{name} {str(path)!r} is a name that is not UTF-8; rename it")
+    try:
+        return path.resolve()
+    except RuntimeError:  # until Python 3.13
+        raise ValueError(f"{name} {path} is a link that leads to itself; name a directory") from None
 
 
 def resolve_architecture(job: Job) -> tuple[Resolved, Path]:
@@ -206,19 +265,28 @@ def _check_same(assets: Resolved, source: Resolved, job: Job) -> None:
 def _check_layout_arguments(job: Job, source: Source) -> None:
     """Raise ValueError where an argument without meaning for the target contradicts the source it may describe."""
     for name, value in job.layout.items():
-        if name in FORMATS[job.format].options or name not in source.layout:
+        held = source.layout.get(name, value)
+        if name not in FORMATS[job.format].options and value != held:
+            told = f"{_option(name)} is {value}, but SRC has {held} ({source.describe()})"
+            raise ValueError(f"{told}; {job.format} has no such layout, so leave it out or name SRC's")
+
+
+def _without_effect(job: Job, source: Source, config: ModelConfig) -> list[str]:
+    """What was asked for and shows neither in the target, which is a `config`, nor in the source."""
+    defaults, options, sentences = Target(), FORMATS[job.format].options, []
+    for name, value in job.layout.items():
+        if value == getattr(defaults, name):
             continue
-        if value != source.layout[name]:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {value}, but SRC is {source.describe()}; {job.format} itself is not cut")
+        if name in _EXPERT_LAYOUT and not config.num_moe_experts:
+            sentences.append(f"{_option(name)} {value} has no effect: the model has no experts")
+        elif name not in options and name not in source.layout:
+            reason = f"{job.format} has no such layout, nor does SRC show one"
+            sentences.append(f"{_option(name)} {value} has no effect: {reason}")
+    return sentences
 
 
-def _without_effect(job: Job, source: Source) -> list[str]:
-    return [
-        f"--{name.replace('_', '-')} {value} has no effect: {job.format} has no such layout, nor has SRC"
-        for name, value in job.layout.items()
-        if name not in FORMATS[job.format].options and name not in source.layout and value != getattr(Target(), name)
-    ]
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,9 +324,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count; it must be at least 1")
+        told = f"{text[:MOST_DIGITS]}{'…' if len(text) > MOST_DIGITS else ''}"
+        raise argparse.ArgumentTypeError(f"{told} is not a count; it must be at least 1")
     return value
 
 

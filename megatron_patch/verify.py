@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from megatron_patch.checkpoint.interface import Source
 from megatron_patch.checkpoint.stream import read_chunks, run_in_threads
 from megatron_patch.config.model import ModelConfig
-from megatron_patch.families.manifest import Entry
+from megatron_patch.families.manifest import Entry, listed
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.model.rope import rotary_tables
 from megatron_patch.parallel.mesh import single_process
 
 TOLERANCE = 1e-5  # of the largest value, float32
-SHOWN = 4
 
 
 def check_equal(entries: list[Entry], source: Source, written: Source) -> None:
@@ -33,8 +32,17 @@ def check_equal(entries: list[Entry], source: Source, written: Source) -> None:
     total = sum(_bytes(entry, source) for entry in entries)
     run_in_threads(jobs, total, "verifying")
     if different:
-        names = ", ".join(sorted(different)[:SHOWN]) + (", …" if len(different) > SHOWN else "")
-        raise ValueError(f"verification failed: {len(different)} tensors differ from the source ({names})")
+        raise ValueError(
+            f"verification failed: {len(different)} tensors differ from the source ({listed(sorted(different))})"
+        )
+
+
+def check_can_run(config: ModelConfig, tokens: int) -> None:
+    """Raise ValueError, before anything is converted, where `check_logits` could not run the model."""
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"logits of {tokens} tokens cannot be compared: max_position_embeddings is {config.max_position_embeddings}"
+        )
 
 
 @torch.no_grad()

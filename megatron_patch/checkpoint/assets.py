@@ -25,7 +25,13 @@ TOKENIZER = (
 
 
 def copy_assets(source: Path, target: Path, patterns: tuple[str, ...] = (*MODEL, *TOKENIZER)) -> list[str]:
-    """Copy configuration and tokenizer files of `source` into `target`; returns their names. Weights never match."""
+    """Copy configuration and tokenizer files of `source` into `target`; returns their names. Weights never match.
+
+    Raises FileNotFoundError for one that is a link to nothing.
+    """
+    lost = sorted(path for path in source.iterdir() if not path.exists() and any(map(path.match, patterns)))
+    if lost:
+        raise FileNotFoundError(f"{lost[0]} is a link to a file that does not exist; fetch it or remove the link")
     found = sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()})
     for path in found:
         copy = target / path.relative_to(source)
@@ -43,6 +49,6 @@ def write_dtype(directory: Path, dtype: str) -> None:
     """Make `directory`/config.json say `dtype` (`bfloat16` …): transformers loads weights in what it says."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(key) != dtype:
-        write_config(directory, config | {key: dtype})
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    if any(config.get(key) != dtype for key in keys):
+        write_config(directory, config | dict.fromkeys(keys, dtype))

@@ -61,12 +61,12 @@ def synchronise_tree(directory: Path) -> None:
 def move_directory(new: Path, target: Path) -> None:
     """Rename `new` to `target`; what stood there is deleted only afterwards. Both are on one file system."""
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(old)
         new.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:  # also between the two, by a signal
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     _synchronise(target.parent)

@@ -25,7 +25,7 @@ class Cast:
         return self.source.format
 
     @property
-    def layout(self) -> Mapping[str, int]:
+    def layout(self) -> Mapping[str, int | str]:
         """The source's."""
         return self.source.layout
 
@@ -42,7 +42,7 @@ class Cast:
         return self.source.assemble(entry, parts) if isinstance(self.source, PartedSource) else parts[0]
 
     def read(self, entry: Entry) -> Tensor:
-        """The rounded tensor. Raises ValueError where a finite value leaves fp16's range."""
+        """The rounded tensor. Raises ValueError where a value is beyond the range of `dtype`."""
         tensor = self.source.read(entry)
         rounded = tensor.to(self.dtype)
         check_range(entry, rounded, was_rounded=tensor.dtype != self.dtype)
@@ -54,10 +54,12 @@ class Cast:
 
 
 def check_range(entry: Entry, tensor: Tensor, *, was_rounded: bool) -> None:
-    """Raise ValueError where rounding to fp16 left its range. A finite sum, which is cheap, holds no infinity."""
-    may_overflow = was_rounded and tensor.dtype == torch.float16
+    """Raise ValueError where rounding left the range of the type. A finite sum, which is cheap, holds no infinity."""
+    may_overflow = was_rounded and tensor.dtype != torch.float32
     if may_overflow and not torch.isfinite(tensor.sum()) and torch.isinf(tensor).any():
-        raise ValueError(f"{entry.mcore} has values beyond fp16's 65504; keep the dtype or use bf16")
+        name = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+        instead = "keep the dtype or use bf16" if tensor.dtype == torch.float16 else "keep the dtype"
+        raise ValueError(f"{entry.mcore} has values beyond {name}'s {torch.finfo(tensor.dtype).max:.6g}; {instead}")
 
 
 def holds_nan(tensor: Tensor) -> bool:

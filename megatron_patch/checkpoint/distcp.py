@@ -8,7 +8,6 @@ import io
 import mmap
 import os
 import pickle
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
-from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler
+from megatron_patch.checkpoint.disk import named_errors
+from megatron_patch.checkpoint.mapping import map_pages
+from megatron_patch.checkpoint.unpickle import Inert, RestrictedUnpickler, check_byte_order, reason, record_offset
 
 INDEX, DATA = ".metadata", "__0_0.distcp"
 _STORAGES = {
@@ -124,14 +125,14 @@ def read_index(directory: Path) -> dict[str, Stored]:
     path = directory / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    content = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            index = IndexUnpickler(file).load()
-        tensors = _tensors(directory, index)
+        tensors = _tensors(directory, IndexUnpickler(io.BytesIO(content)).load())
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is refused: {reason(error)}") from None
     except Exception as error:  # a damaged pickle raises whatever its last readable instruction leads to
-        raise ValueError(f"{path} is truncated or not a torch.distributed.checkpoint index: {error!r}") from None
+        told = f"{type(error).__name__}: {reason(error)}"
+        raise ValueError(f"{path} is truncated or not a torch.distributed.checkpoint index: {told}") from None
     for name, stored in tensors.items():
         _check_stored(path, name, stored)
     _check_files(path, tensors.values())
@@ -183,20 +184,18 @@ def map_part(part: Part) -> Tensor:
             reader = torch._C.PyTorchFileReader(window)
             storage, offset, size, stride = BoxUnpickler(io.BytesIO(reader.get_record("data.pkl"))).load()
             record, count = f"data/{storage[2]}", storage[4]
-            if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
-                raise pickle.UnpicklingError("it was written on a machine of the other byte order")
+            check_byte_order(reader)
             if (storage[1], tuple(size)) != (_STORAGES[part.dtype], box.shape):
                 raise pickle.UnpicklingError(f"{storage[1]} {tuple(size)}, but {INDEX} says {part.dtype} {box.shape}")
             before = box.offset % mmap.ALLOCATIONGRANULARITY
-            first = before + reader.get_record_offset(record)
-            # unreserved: the system would refuse a private mapping of more than its memory
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            pages = mmap.mmap(file.fileno(), before + box.length, flags, offset=box.offset - before)
+            first = before + record_offset(reader, record, count * part.dtype.itemsize)
+            pages = map_pages(file, box.offset - before, before + box.length)
         values = torch.frombuffer(pages, dtype=part.dtype, count=count, offset=first)
         return values.as_strided(size, stride, offset)[part.slices]
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, str(box.file)) from None
     except Exception as error:  # a damaged box raises whatever its last readable byte leads to
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{box.file}: what stands at byte {box.offset} is no tensor to read: {first_line}") from None
+        raise ValueError(f"{box.file}: at byte {box.offset} stands no tensor to read: {reason(error)}") from None
 
 
 def lay_out(
@@ -212,10 +211,11 @@ def lay_out(
     storage: dict[dcp.MetadataIndex, StorageInfo] = {}
     skeletons: dict[tuple[tuple[int, ...], torch.dtype], tuple[bytes, int, bytes]] = {}
     offsets = []
-    with (directory / DATA).open("wb") as file:
+    with named_errors(directory / DATA), (directory / DATA).open("wb") as file:
         for box in boxes:
             if properties.setdefault(box.name, dcp.TensorProperties(box.dtype)).dtype != box.dtype:
-                raise ValueError(f"{box.name} is one tensor for several layers or experts; give them one dtype")
+                told = f"{box.name} is one tensor for several layers or experts"
+                raise ValueError(f"{told}, but their types differ; pass --dtype")
             kind = (box.shape, box.dtype)
             if kind not in skeletons:
                 skeletons[kind] = _skeleton(directory / f"{DATA}.partial", *kind)
@@ -239,7 +239,7 @@ def lay_out(
 
 
 def _write_index(path: Path, contents: dict[str, Any], storage: dict[dcp.MetadataIndex, StorageInfo]) -> None:
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         pickle.dump(dcp.Metadata(contents, storage_data=storage, storage_meta=dcp.StorageMeta()), file)
         file.flush()
         os.fsync(file.fileno())
@@ -272,8 +272,8 @@ class _Window(io.RawIOBase):
 
 def _skeleton(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, int, bytes]:
     """What torch.save writes before the values of a tensor, the size of its values, and what it writes after them."""
-    with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), path)
+    with named_errors(path), torch.serialization.skip_data(), path.open("wb") as file:
+        torch.save(torch.empty(shape, dtype=dtype), file)
     reader = torch._C.PyTorchFileReader(str(path))
     start, size = reader.get_record_offset("data/0"), reader.get_record_size("data/0")
     with path.open("rb") as file:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.interface import Source, Target, Written
-from megatron_patch.checkpoint.layouts import merge, part_shapes, split
+from megatron_patch.checkpoint.layouts import merge, part_shapes, same_bits, split
 from megatron_patch.checkpoint.stream import Piece, Place, fill
 from megatron_patch.checkpoint.unpickle import read_pt
 from megatron_patch.config.model import ModelConfig
@@ -80,16 +80,16 @@ def open_hf(directory: Path, entries: list[Entry], config: ModelConfig) -> HfSou
     files = _open_tensors(directory)
     tied = files.pop(_OUTPUT, None) if config.share_embeddings_and_output_weights else None
     check_complete((name for entry in entries for name in entry.hf), files, str(directory))
-    if tied is not None and not torch.equal(tied.get_tensor(_OUTPUT), files[_EMBEDDING].get_tensor(_EMBEDDING)):
-        raise ValueError(
-            f"{directory}: tie_word_embeddings is true, but {_OUTPUT} differs from {_EMBEDDING}; set it to false"
-        )
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries:
         for name, shape in zip(entry.hf, part_shapes(entry, config), strict=True):
             dtypes[name] = _checked_dtype(directory, name, files[name], shape)
         if len({dtypes[name] for name in entry.hf}) > 1:
             raise ValueError(f"{directory}: {', '.join(entry.hf)} become one tensor but differ in dtype")
+    if tied is not None and not same_bits(files[_EMBEDDING].get_tensor(_EMBEDDING), tied.get_tensor(_OUTPUT)):
+        raise ValueError(
+            f"{directory}: tie_word_embeddings is true, but {_OUTPUT} differs from {_EMBEDDING}; set it to false"
+        )
     return HfSource(directory, config, {name: files[name] for name in dtypes}, dtypes)
 
 
@@ -177,9 +177,13 @@ def _weight_map(directory: Path, single: str, index: str) -> dict[str, str]:
     if not pairs:
         raise ValueError(f"{path} names no tensor")
     for file_name in pairs.values():
-        if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not _is_plain(file_name):
             raise ValueError(f"{path} names {file_name!r}; shards must be plain file names in the same directory")
     return pairs
+
+
+def _is_plain(file_name: str) -> bool:
+    return bool(file_name) and Path(file_name).name == file_name != ".." and file_name.isprintable()
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -191,7 +195,9 @@ def _open_safetensors(path: Path) -> Any:
 
 def _open_bin(path: Path) -> _BinFile:
     tensors = read_pt(path)
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise ValueError(f"{path} is not a dict of tensors; save model.state_dict() alone")
     return _BinFile(tensors)
 

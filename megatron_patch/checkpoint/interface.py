@@ -22,8 +22,8 @@ class Source(Protocol):
         """The type of most tensors."""
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """How it is cut, by Target's names (`tp`, `pp` …); empty where tensors are whole."""
+    def layout(self) -> Mapping[str, int | str]:
+        """How it is cut and named, by Target's fields (`tp`, `experts` …), as far as its files can tell."""
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type that `read` returns."""
@@ -70,6 +70,19 @@ class Target:
     def expert_tp(self) -> int:
         """Tensor-parallel size of experts."""
         return self.tp if self.etp is None else self.etp
+
+    def sizes(self, *, has_experts: bool) -> dict[str, int]:
+        """What a model is cut into, by field: no `etp` without experts, no first stage where all is one."""
+        sizes = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "etp": self.expert_tp, "vp": self.vp}
+        if not has_experts:
+            del sizes["etp"]
+        return sizes if self.first_stage_layers is None else sizes | {"first_stage_layers": self.first_stage_layers}
+
+    def phrase(self, *, has_experts: bool) -> str:
+        """The sizes for the log, without those that are as if nobody had asked for them."""
+        usual = {"pp": 1, "ep": 1, "etp": self.tp, "vp": 1}
+        sizes = self.sizes(has_experts=has_experts).items()
+        return " ".join(f"{name} {size}" for name, size in sizes if size != usual.get(name))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
+from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args
 from megatron_patch.checkpoint.placement import Rank
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, ZEROS, Item, Spelling, items
@@ -58,9 +58,9 @@ class LegacySource:
         return Counter(tensor.dtype for tensor in self.files[0, 0, 0].values()).most_common(1)[0][0]
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """The sizes into which it is cut."""
-        return {"tp": self.target.tp, "pp": self.target.pp, "ep": self.target.ep}
+    def layout(self) -> Mapping[str, int | str]:
+        """The sizes into which it is cut; its names are its format's own."""
+        return self.target.sizes(has_experts=self._has_experts)
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same in every file."""
@@ -101,8 +101,12 @@ class LegacySource:
 
     def describe(self) -> str:
         """One phrase for the log."""
-        sizes = " ".join(f"{name} {size}" for name, size in self.layout.items() if size > 1 or name == "tp")
-        return f"{self.format} {self.directory.name}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
+        cut = self.target.phrase(has_experts=self._has_experts)
+        return f"{self.format} {self.directory.name}, {cut}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(entry.expert is not None for place in self.places.values() for entry in place.item.entries)
 
     def _ranks(self, place: Place) -> list[Rank]:
         return [(tp_rank, place.stage, ep_rank) for tp_rank in range(self.target.tp) for ep_rank in place.ep_ranks]
@@ -135,7 +139,7 @@ def spelling_of(directory: Path) -> Spelling | None:
     """How the checkpoint in `directory` is spelled; None when it is not a legacy one, or cannot be read."""
     try:
         file = min(latest_directory(directory).glob(f"mp_rank_*/{RANK_FILE}"), default=None)
-        keys = [] if file is None else list(_tensors(file, _payload(file)["model"]))
+        keys = [] if file is None else [key for key, _ in _leaves(_payload(file)["model"])]
     except (ValueError, OSError):
         return None
     if not any(key.startswith("language_model.") for key in keys):
@@ -161,12 +165,15 @@ def open_legacy(spelling: Spelling, root: Path, entries: list[Entry], config: Mo
         raise ValueError(f"{directory} holds {target.ep} shares of {config.num_moe_experts} experts; one is missing")
     places: dict[str, Place] = {}
     optional = []
-    for stage, layers in enumerate(_stages(directory, files, target, config)):
+    stages = _stages(directory, files, target, config)
+    target = replace(target, first_stage_layers=len(stages[0]) if target.pp > 1 else None)
+    for stage, layers in enumerate(stages):
         for ep_rank in range(target.ep):
             found = items(spelling, entries, config, target, layers, ep_rank)
             for tp_rank in range(target.tp):
                 rank = tp_rank, stage, ep_rank
                 _check_file(paths[rank], files[rank], found, target)
+                _check_alike(paths, files, rank)
             for item in found:
                 if item.is_optional:
                     optional.append(Place(item, 0, stage, (ep_rank,)))
@@ -185,18 +192,23 @@ def _payload(path: Path) -> dict[str, Any]:
     return payload
 
 
-def _tensors(path: Path, tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def _tensors(path: Path, tree: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor under its dotted key; `_extra_state` is the only thing left out."""
     found: dict[str, Tensor] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            found |= _tensors(path, value, f"{key}.")
-        elif isinstance(value, Tensor):
+    for key, value in _leaves(tree):
+        if isinstance(value, Tensor):
             found[key] = value
         elif not key.endswith("_extra_state"):
             raise ValueError(f"{path}: {key} is {type(value).__name__}, not a tensor")
     return found
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _check_payload(
@@ -214,7 +226,7 @@ def _check_payload(
 def _rank_paths(directory: Path, spelling: Spelling) -> dict[Rank, Path]:
     """The file of every rank. Raises FileNotFoundError for a gap, ValueError for a name that is none."""
     found: dict[tuple[int, ...], Path] = {}
-    for path in sorted(directory.glob("mp_rank_*")):
+    for path in rank_directories(directory):
         match = _RANK.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is no rank's directory; they are called mp_rank_TT, mp_rank_TT_PPP, and so on")
@@ -280,6 +292,16 @@ def _check_file(path: Path, file: File, found: list[Item], target: Target) -> No
                 _check_tensor(path, key, file[key], shape, is_padded=item.entries[0].shard == "vocab")
         if len({file[key].dtype for key in item.keys if key in file}) > 1:
             raise ValueError(f"{path}: {', '.join(item.keys)} become one tensor but differ in dtype")
+
+
+def _check_alike(paths: Mapping[Rank, Path], files: Mapping[Rank, File], rank: Rank) -> None:
+    """Raise ValueError unless this rank's shards are of the type and size that the first tensor-parallel rank's are."""
+    first = (0, *rank[1:])
+    for key, tensor in files[rank].items():
+        other = files[first].get(key, tensor)
+        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+            kinds = [f"{one.dtype} {tuple(one.shape)}" for one in (other, tensor)]
+            raise ValueError(f"{key} is {kinds[0]} in {paths[first]}, but {kinds[1]} in {paths[rank]}")
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor, wanted: tuple[int, ...], *, is_padded: bool) -> None:

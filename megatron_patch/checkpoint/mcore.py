@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import move_directory, write_text
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
 from megatron_patch.checkpoint.megatron_args import megatron_args
@@ -34,6 +35,7 @@ from megatron_patch.families.manifest import Entry
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+MOST_DIGITS = 18  # of an iteration
 
 
 def holds_mcore(directory: Path) -> bool:
@@ -47,12 +49,17 @@ def latest_directory(root: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it names the iteration to read, or says release")
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
+    if text != "release" and not (text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS):
         raise ValueError(f"{path} says {text[:40]!r}; it must be release or an iteration number")
     directory = root / iteration_name(None if text == "release" else int(text))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist, but {path} names it")
     return directory
+
+
+def rank_directories(iteration: Path) -> list[Path]:
+    """What is called a rank's directory. Raises PermissionError, which a glob would take for no match."""
+    return sorted(path for path in iteration.iterdir() if path.name.startswith("mp_rank_"))
 
 
 def iteration_name(iteration: int | None) -> str:
@@ -145,16 +152,10 @@ def _chunk_names(count: int) -> list[str]:
 
 def _save(path: Path, payload: dict[str, Any]) -> None:
     """`torch.save`, on the disk when it returns. Raises OSError naming `path` when the disk is full."""
-    try:
-        with path.open("wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):  # else torch's zip writer only says that it lost its place
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    with named_errors(path), path.open("wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _alone(tensor: Tensor) -> Tensor:

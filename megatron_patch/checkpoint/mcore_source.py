@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory
+from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args, stored_size
 from megatron_patch.checkpoint.placement import (
     Rank,
@@ -32,9 +32,9 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import EMBEDDING, Entry, check_complete
 from megatron_patch.parallel.stages import layer_ranges
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_RANK = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight\d+$")
+_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12]\.weight\d+|weight[12])$")
 _SECOND = re.compile(r"\.mlp\.experts\..*linear_fc2\.weight\d*$")
 _TRANSPOSED = re.compile(r"(.*\.mlp\.experts\.)weight([12])")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,11 +71,11 @@ class McoreSource:
         return Counter(stored.shards[0][0].tensor.dtype for stored in self.stored.values()).most_common(1)[0][0]
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """The sizes into which it is cut."""
-        target = self.target
-        sizes = {"tp": target.tp, "pp": target.pp, "ep": target.ep, "etp": target.expert_tp, "vp": target.vp}
-        return sizes if target.first_stage_layers is None else sizes | {"first_stage_layers": target.first_stage_layers}
+    def layout(self) -> Mapping[str, int | str]:
+        """The sizes into which it is cut, and whose names it has."""
+        names = {"transformer_impl": self.target.transformer_impl}
+        sizes = self.target.sizes(has_experts=self._has_experts)
+        return sizes | names | ({"experts": self.target.experts} if self._has_experts else {})
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`, the same in every file."""
@@ -100,10 +100,13 @@ class McoreSource:
 
     def describe(self) -> str:
         """One phrase for the log."""
-        usual = {"pp": 1, "ep": 1, "etp": self.target.tp, "vp": 1}
-        cut = " ".join(f"{name} {size}" for name, size in self.layout.items() if size != usual.get(name))
+        cut = self.target.phrase(has_experts=self._has_experts)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"mcore {self.directory.name}, {cut}, {self.target.transformer_impl} names, {dtype}"
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(stored.entry.expert is not None for stored in self.stored.values())
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def open_mcore(root: Path, entries: list[Entry], config: ModelConfig) -> McoreSo
 def _open_files(directory: Path) -> dict[tuple[int, ...], _RankFile]:
     """The files by the numbers in their directories' names, all of them equally many."""
     files = {}
-    for path in sorted(directory.glob("mp_rank_*")):
+    for path in rank_directories(directory):
         match = _RANK.fullmatch(path.name)
         if match is None:
             raise ValueError(f"{path} is not a rank's directory: mp_rank_TT, mp_rank_TT_NNN or mp_rank_TT_PPP_EEE")
@@ -248,12 +251,11 @@ def _check_present(directory: Path, files: Mapping[Rank, _RankFile], target: Tar
 
     Where experts are not cut, Megatron writes fewer files than ranks: each shard and each expert is in some file.
     """
-    missing = set(ranks(target)) - set(files)
-    if target.expert_tp < target.tp:
-        shards, experts = {(tp, pp) for tp, pp, _ in files}, {(pp, ep) for _, pp, ep in files}
-        missing = {(tp, pp, ep) for tp, pp, ep in missing if (tp, pp) not in shards or (pp, ep) not in experts}
-    for rank in sorted(missing):
-        raise FileNotFoundError(f"{directory / rank_name(target, *rank)} does not exist")
+    shards, experts = {(tp, pp) for tp, pp, _ in files}, {(pp, ep) for _, pp, ep in files}
+    for rank in ranks(target):
+        is_spared = target.expert_tp < target.tp and rank[:2] in shards and rank[1:] in experts
+        if rank not in files and not is_spared:
+            raise FileNotFoundError(f"{directory / rank_name(target, *rank)} does not exist")
 
 
 def _matched(
@@ -292,7 +294,7 @@ def _apart(
         if not experts or tensor.numel() % (experts * config.hidden_size):
             raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} does not divide into {experts} experts")
         for expert, matrix in enumerate(tensor.view(experts, rows, columns)):
-            yield f"{match[1]}local_experts.{expert}.linear_fc{match[2]}.weight", matrix.t()
+            yield f"{match[1]}linear_fc{match[2]}.weight{expert}", matrix.t()
 
 
 def _as_stored(entry: Entry, tensor: Tensor, targets: list[Target], path: Path) -> Entry:

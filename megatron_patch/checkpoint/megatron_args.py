@@ -32,6 +32,7 @@ _PARALLEL_COMPARED = {
     "virtual_pipeline_model_parallel_size": "vp",
     "decoder_first_pipeline_num_layers": "first_stage_layers",
 }
+MOST_RANKS = 99999  # along one axis
 _NAMESPACES = (argparse.Namespace, SimpleNamespace)  # Megatron's own, and its old converters'
 _EXPERT_COMPARED = {"expert_model_parallel_size": "ep", "expert_tensor_parallel_size": "expert_tp"}
 
@@ -86,9 +87,9 @@ def check_architecture(file: Path, args: Any, config: ModelConfig) -> None:
 
 
 def stored_size(args: Any, name: str) -> int:
-    """The size that `args` record under `name`; 1 where they record none."""
+    """The size that `args` record under `name`; 1 where they record none that could be one."""
     size = getattr(args, name, None)
-    return size if _is_number(size) else 1
+    return size if type(size) is int and 1 <= size <= MOST_RANKS else 1
 
 
 def _wanted(config: ModelConfig) -> dict[str, Any]:
@@ -170,10 +171,12 @@ def _rotary(config: ModelConfig) -> dict[str, Any]:
 
 def _experts(config: ModelConfig, target: Target) -> dict[str, Any]:
     is_limited = config.moe_router_num_groups > 1
+    frequency = [int(config.is_moe_layer(layer)) for layer in range(config.num_layers)]
     return {
         "num_experts": config.num_moe_experts,
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        "moe_layer_freq": [int(config.is_moe_layer(layer)) for layer in range(config.num_layers)],
+        # a list, even of ones, makes Megatron-Core look for layers under their own names in a torch_dist checkpoint
+        "moe_layer_freq": frequency if 0 in frequency else 1,
         "moe_router_topk": config.moe_router_topk,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
         "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,

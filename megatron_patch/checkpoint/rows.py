@@ -4,6 +4,7 @@ Merging, cutting, joining and splitting only move whole rows and blocks of colum
 *numbers* they say, through the same code that would move the data, which stored rows make up each row of the result.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from megatron_patch.families.manifest import Entry
 
-MOST_NUMBERS = 1 << 20  # in one tensor of row numbers: 8 MiB
+MOST_NUMBERS = 1 << 20  # that are used whatever they stand for: two copies of them, int32, take 8 MiB
+NUMBER_BYTES = 16  # that one of more has to stand for, so that they take half of what the tensor itself would
+BLOCK_ROWS = 1 << 16  # that are compared with their neighbours at once
 
 Rearrange = Callable[[Entry, list[Tensor]], Tensor]
 
@@ -59,14 +62,14 @@ class Band:
 def trace(entry: Entry, parts: list[Tensor], shape: tuple[int, ...], rearrange: Rearrange) -> list[Band] | None:
     """The bands of `rearrange(entry, parts)`, whose shape is `shape`.
 
-    None where it does not move whole blocks, or so small ones that telling them apart takes too much memory.
+    None where it does not move whole blocks, or so small ones that telling them apart takes more memory than them.
     """
     if len(entry.shape) > 2 or len(shape) > 2 or any(part.dim() != len(entry.shape) for part in parts):
         return None
     widths = [_matrix_shape(size)[1] for size in (entry.shape, shape, *(tuple(part.shape) for part in parts))]
     width = math.gcd(*widths)
     stride = max(widths) // width
-    if stride * max(entry.shape[0], *(len(part) for part in parts)) > MOST_NUMBERS:
+    if sum(map(torch.numel, parts)) > MOST_NUMBERS * width and width * parts[0].element_size() < NUMBER_BYTES:
         return None
     numbers, bases = _number_rows(parts, width, stride)
     small = replace(entry, shape=(entry.shape[0], *(size // width for size in entry.shape[1:])))
@@ -78,21 +81,26 @@ def trace(entry: Entry, parts: list[Tensor], shape: tuple[int, ...], rearrange: 
 
 def _number_rows(parts: list[Tensor], width: int, stride: int) -> tuple[list[Tensor], list[int]]:
     """Each part as unique numbers, one for `width` columns of a row: consecutive rows differ by `stride`; 0 is free."""
-    numbers, bases, base = [], [], 1
+    bases = [1]
     for part in parts:
-        rows, columns = _matrix_shape(tuple(part.shape))
-        number = base + stride * torch.arange(rows).unsqueeze(1) + torch.arange(columns // width)
-        numbers.append(number.squeeze(1) if part.dim() == 1 else number)
-        bases.append(base)
-        base += stride * (rows + 1)  # the gap keeps a band from running on into the next part
-    return numbers, bases
+        bases.append(bases[-1] + stride * (len(part) + 1))  # the gap keeps a band from running on into the next part
+    dtype = torch.int32 if bases[-1] < 1 << 31 else torch.int64
+    numbers = []
+    for part, base in zip(parts, bases[:-1], strict=True):
+        number = torch.arange(base, base + stride * len(part), stride, dtype=dtype)
+        blocks = torch.arange(_matrix_shape(tuple(part.shape))[1] // width, dtype=dtype)
+        in_rows = number.unsqueeze(1) if len(blocks) == 1 else number.unsqueeze(1) + blocks
+        numbers.append(number if part.dim() == 1 else in_rows)
+    return numbers, bases[:-1]
 
 
 def _bands(result: Tensor, bases: list[int], width: int, stride: int) -> Iterator[Band]:
-    is_padding = result == 0
-    goes_on = (result[1:] - result[:-1] == stride) & ~is_padding[:-1] | is_padding[1:] & is_padding[:-1]
-    breaks = (~goes_on.all(1)).nonzero().flatten().add(1).tolist()
-    for start, stop in zip([0, *breaks], [*breaks, len(result)], strict=True):
+    breaks = [0]
+    for first in range(0, len(result) - 1, BLOCK_ROWS):
+        above, below = result[first : first + BLOCK_ROWS + 1][:-1], result[first + 1 : first + BLOCK_ROWS + 1]
+        goes_on = torch.where(above == 0, below == 0, below - above == stride)
+        breaks += (~goes_on.all(1)).nonzero().flatten().add(first + 1).tolist()
+    for start, stop in itertools.pairwise([*breaks, len(result)]):
         cells = [_decode(number, bases, stride) for number in result[start].tolist()]
         yield Band(start, stop, tuple(_moves(cells, width)))
 

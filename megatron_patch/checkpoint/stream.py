@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_patch.checkpoint.cast import check_range, holds_nan
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.interface import PartedSource, Source, Written
 from megatron_patch.checkpoint.rows import Band, Move, trace
 from megatron_patch.families.manifest import Entry
@@ -68,7 +69,8 @@ class Place:
 def write_pt(files: Iterable[tuple[Path, Mapping[str, Any]]], source: Source) -> Written:
     """Write classic `.pt` files: dicts as `torch.save` takes them, with a Piece or Stack for each tensor.
 
-    The largest thing in memory is a chunk, or one tensor where `make` has to run. Raises OSError when the disk is full.
+    The largest thing in memory is a chunk, or one tensor where `make` has to run. Raises OSError when the disk is full,
+    ValueError where pieces of one tensor differ in type.
     """
     places = [place for path, payload in files for place in _lay_out_pt(path, payload, source)]
     return fill(places, source)
@@ -146,8 +148,9 @@ def _lay_out_pt(path: Path, payload: Mapping[str, Any], source: Source) -> Itera
         return {key: blank(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.serialization.skip_data():
-        torch.save(blank(payload), path)
+    # a file of Python's own, because an error of torch's is not told apart from any other
+    with named_errors(path), torch.serialization.skip_data(), path.open("wb") as file:
+        torch.save(blank(payload), file)
     for tensor, (offset, size) in zip(tensors, _storages(path), strict=True):
         for piece in tensor.pieces if isinstance(tensor, Stack) else [tensor]:
             yield Place(path, offset, piece)
@@ -253,7 +256,13 @@ def _only(entry: Entry, parts: list[Tensor]) -> Tensor:
 
 
 def _dtype(tensor: Piece | Stack, source: Source) -> torch.dtype:
-    return source.dtype_of((tensor.pieces[0] if isinstance(tensor, Stack) else tensor).entry)
+    first, *others = (piece.entry for piece in (tensor.pieces if isinstance(tensor, Stack) else [tensor]))
+    dtype = source.dtype_of(first)
+    for entry in others:
+        if source.dtype_of(entry) != dtype:
+            told = f"{first.mcore} is {dtype} and {entry.mcore} {source.dtype_of(entry)}"
+            raise ValueError(f"{told}; the target has one tensor for both, so pass --dtype")
+    return dtype
 
 
 def _bytes(piece: Piece, source: Source) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import write_text
+from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.distcp import (
     DATA,
     BlankBox,
@@ -61,7 +62,7 @@ _LOCAL_LATENT = {
 class Naming:
     """What makes the names of one checkpoint differ from another's."""
 
-    transformer_impl: str  # te | local
+    transformer_impl: str | None  # te | local; None: both would have these names
     is_stacked: bool  # layers are an axis
     is_singleton: bool  # experts and the halves of a SwiGLU have names of their own
 
@@ -82,7 +83,7 @@ class TorchDistSource:
 
     directory: Path
     stored: Mapping[str, tuple[Part, ...]]
-    transformer_impl: str
+    transformer_impl: str | None
     format: str = "torch_dist"
 
     @property
@@ -91,9 +92,9 @@ class TorchDistSource:
         return Counter(parts[0].dtype for parts in self.stored.values()).most_common(1)[0][0]
 
     @property
-    def layout(self) -> Mapping[str, int]:
-        """Tensors are whole."""
-        return {}
+    def layout(self) -> Mapping[str, int | str]:
+        """Tensors are whole; whose names they have shows only where Megatron-Core's two implementations differ."""
+        return {"transformer_impl": self.transformer_impl} if self.transformer_impl else {}
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The type of `entry`."""
@@ -117,7 +118,8 @@ class TorchDistSource:
     def describe(self) -> str:
         """One phrase for the log."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"torch_dist {self.directory.name}, {self.transformer_impl} names, {dtype}"
+        names = f"{self.transformer_impl} names, " if self.transformer_impl else ""
+        return f"torch_dist {self.directory.name}, {names}{dtype}"
 
 
 def open_torch_dist(root: Path, entries: list[Entry], config: ModelConfig) -> TorchDistSource:
@@ -223,11 +225,14 @@ def _found_naming(index: Mapping[str, Stored], entries: list[Entry], config: Mod
     """The naming that most of the stored names are of."""
     is_layered = any(name.removeprefix(_LAYERS)[:1].isdigit() for name in index if name.startswith(_LAYERS))
     is_singleton = any(name.endswith("_w") for name in index)
-    candidates = [Naming(implementation, not is_layered, is_singleton) for implementation in ("te", "local")]
-    return max(
-        candidates,
-        key=lambda naming: sum(place.name in index for entry in entries for place in places(entry, config, naming)),
-    )
+
+    def known(implementation: str) -> int:
+        naming = Naming(implementation, not is_layered, is_singleton)
+        return sum(place.name in index for entry in entries for place in places(entry, config, naming))
+
+    te, local = known("te"), known("local")
+    implementation = None if te == local else "te" if te > local else "local"
+    return Naming(implementation, not is_layered, is_singleton)
 
 
 def _check_shape(directory: Path, entry: Entry, place: Place, stored: Stored) -> None:
@@ -255,10 +260,8 @@ def _extent(place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _write_common(path: Path, config: ModelConfig, dtype: torch.dtype, target: Target) -> None:
     args = megatron_args(config, Target(transformer_impl=target.transformer_impl), dtype)
-    if config.num_moe_experts and is_stacked(config):
-        args.moe_layer_freq = 1  # a list, even of ones, makes Megatron-Core look for layers under their own names
     payload = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         torch.save(payload | {"content_metadata": {"singleton_local_shards": False}}, file)
         file.flush()
         os.fsync(file.fileno())

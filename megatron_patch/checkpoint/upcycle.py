@@ -36,7 +36,7 @@ class UpcycledSource:
         return self.dense.dtype
 
     @property
-    def layout(self) -> Mapping[str, int]:
+    def layout(self) -> Mapping[str, int | str]:
         """The dense source's."""
         return self.dense.layout
 

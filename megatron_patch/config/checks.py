@@ -6,6 +6,7 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.run import RunConfig
 
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
+Fields = Iterable[tuple[object, str]]  # an owner and the names of its fields
 
 OPTIONAL_SIZES = "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage decoder_first_pipeline_num_layers"
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -30,7 +31,7 @@ def problems(run: RunConfig, world: int) -> list[str]:
 
 def check_model(model: ModelConfig) -> None:
     """Raise ValueError with every rule that the architecture breaks on its own, one sentence per line."""
-    broken = _broken([*_attention(model), *_routing(model)])
+    broken = _broken(_model_ranges(model)) or _broken([*_attention(model), *_routing(model)])
     if broken:
         raise ValueError("\n".join(broken))
 
@@ -45,11 +46,9 @@ def _broken(rules: Iterable[Rule]) -> list[str]:
 
 
 def _ranges(run: RunConfig) -> Iterator[Rule]:
-    model, parallel, optimizer = run.model, run.parallel, run.optimizer
+    parallel, optimizer = run.parallel, run.optimizer
+    yield from _model_ranges(run.model)
     at_least_one = (
-        (model, "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"),
-        (model, "max_position_embeddings" if model.window_size is None else "max_position_embeddings window_size"),
-        (model, _sizes_of_role(model)),
         (parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         (parallel, "context_parallel_size expert_model_parallel_size"),
         (run.memory, "recompute_num_layers"),
@@ -60,25 +59,33 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     )
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
-        (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
-        (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
         (run.checkpoint, "keep_last"),
         (run.memory, "cpu_offloading_num_layers"),
     )
-    above_zero = (
-        (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
-        (model, "low_freq_factor high_freq_factor beta_fast beta_slow"),
-        (optimizer, "adam_eps"),
-    )
-    yield from _each(at_least_one, lambda value: value >= 1, "must be at least 1")
-    yield from _each(at_least_zero, lambda value: 0 <= value < float("inf"), "must be 0 or more")
-    yield from _each(above_zero, lambda value: 0 < value < float("inf"), "must be more than 0")
+    yield from _each_in_range(at_least_one, at_least_zero, ((optimizer, "adam_eps"),))
     yield from _between(run.memory, "optimizer_offload_fraction", 0, 1)
     yield from _between(run.data, "seed", 0, LARGEST_SEED)
     yield from _between(parallel, "distributed_timeout_minutes", SHORTEST_TIMEOUT, LONGEST_TIMEOUT)
     yield from _each(
         ((optimizer, "adam_beta1 adam_beta2"),), lambda value: 0 <= value < 1, "must be 0 or more and less than 1"
     )
+
+
+def _model_ranges(model: ModelConfig) -> Iterator[Rule]:
+    at_least_one = (
+        (model, "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"),
+        (model, "max_position_embeddings" if model.window_size is None else "max_position_embeddings window_size"),
+        (model, _sizes_of_role(model)),
+    )
+    at_least_zero = (
+        (model, "init_method_std kv_lora_rank num_moe_experts moe_first_dense_layers"),
+        (model, "moe_shared_expert_intermediate_size moe_aux_loss_coeff moe_z_loss_coeff"),
+    )
+    above_zero = (
+        (model, "norm_epsilon rotary_base rotary_scaling_factor moe_router_topk_scaling_factor"),
+        (model, "low_freq_factor high_freq_factor beta_fast beta_slow"),
+    )
+    yield from _each_in_range(at_least_one, at_least_zero, above_zero)
 
 
 def _given(owner: object, names: str) -> str:
@@ -99,7 +106,13 @@ def _sizes_of_role(model: ModelConfig) -> str:
     return " ".join(names)
 
 
-def _each(fields: Iterable[tuple[object, str]], holds: Callable[[float], bool], must: str) -> Iterator[Rule]:
+def _each_in_range(at_least_one: Fields, at_least_zero: Fields, above_zero: Fields) -> Iterator[Rule]:
+    yield from _each(at_least_one, lambda value: value >= 1, "must be at least 1")
+    yield from _each(at_least_zero, lambda value: 0 <= value < float("inf"), "must be 0 or more")
+    yield from _each(above_zero, lambda value: 0 < value < float("inf"), "must be more than 0")
+
+
+def _each(fields: Fields, holds: Callable[[float], bool], must: str) -> Iterator[Rule]:
     for owner, names in fields:
         for name in names.split():
             value = getattr(owner, name)

@@ -4,8 +4,10 @@ Everything here is data. `checkpoint` gives it meaning for tensors and `model` f
 neither adds a per-family branch.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -14,6 +16,9 @@ from megatron_patch.config.model import ModelConfig
 # What a value may be, by field; bool is no number here.
 TYPES = {item.name: get_args(item.type) or (item.type,) for item in fields(ModelConfig)}
 DEFAULTS = {item.name: item.default for item in fields(ModelConfig)}
+
+LARGEST = 2**31 - 1  # of a size: products of three still fit into what files and tensors count with
+SHOWN = 60  # characters of a wrong value in a message
 
 # Settings whose absence is a meaning: a null in config.json switches them off.
 OPTIONAL = frozenset(name for name, types in TYPES.items() if type(None) in types)
@@ -46,8 +51,8 @@ class Key:
     def found(self, hf: Mapping[str, Any]) -> Any:
         """The value that `hf` holds; None where it holds none. Raises ValueError when two spellings disagree."""
         held = {name: value for name in self.hf if (value := _descend(hf, name)) is not None}
-        if any(value != other for value in held.values() for other in held.values()):
-            spelled = " and ".join(f"{name} is {value!r}" for name, value in held.items())
+        if any(value != other for value, other in itertools.combinations(held.values(), 2)):
+            spelled = " and ".join(f"{name} is {shown(value)}" for name, value in held.items())
             raise ValueError(f"config.json: {spelled}; they are one setting, so remove the wrong one")
         return next(iter(held.values()), None)
 
@@ -106,10 +111,13 @@ class Family:
 
     def config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json` (or a size). Raises ValueError for a missing key or an unsupported value."""
+        _check_not_quantised(hf)
+        spellings = [name for key in self.keys.values() for name in key.hf]
+        _check_tables(hf, {name.partition(".")[0] for name in (*spellings, *self.expects) if "." in name})
         for name, allowed in self.expects.items():
             value = _descend(hf, name)
             if value is not None and not _is_among(value, allowed):
-                raise ValueError(f"config.json: {name} is {value!r}; {self.name} supports {_listed(allowed)}")
+                raise ValueError(f"config.json: {name} is {shown(value)}; {self.name} supports {_listed(allowed)}")
         for field, key in self.keys.items():
             _check_type(field, key, key.found(hf))
         always = [key for key in self.keys.values() if key.is_required and key.only_when is None]
@@ -158,13 +166,53 @@ class Family:
             raise ValueError(f"config.json: {names} missing or null; {self.name} needs a value")
 
 
+def _check_not_quantised(hf: Mapping[str, Any]) -> None:
+    for name in ("quantization_config", "compression_config"):
+        found = hf.get(name)
+        if found:
+            method = found.get("quant_method") if isinstance(found, Mapping) else found
+            raise ValueError(
+                f"config.json: {name} says that the weights are quantised ({shown(method)}); take the checkpoint in "
+                "fp32, fp16 or bf16, or remove the key where they are in one of these"
+            )
+
+
+def _check_tables(hf: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError where a table is none, or holds tables of its own, as one per kind of layer."""
+    for name in sorted(names):
+        table = hf.get(name)
+        if table is not None and not isinstance(table, Mapping):
+            raise ValueError(f"config.json: {name} is {shown(table)}; an object is needed")
+        for inner, value in (table or {}).items():
+            if isinstance(value, Mapping):
+                raise ValueError(f"config.json: {name}.{inner} is {shown(value)}; one setting for all layers is needed")
+
+
 def _check_type(field: str, key: Key, value: Any) -> None:
     wanted = key.holds or next(kind for kind in TYPES[field] if kind is not type(None))
     kinds = (int, float) if wanted is float else (wanted,)
-    least = 0 if DEFAULTS[field] == 0 else 1  # 0 is a size only where it means that there is none
-    if value is not None and (type(value) not in kinds or (wanted is int and value < least)):
-        noun = {int: f"a whole number ≥ {least}", float: "a number", bool: "true or false", str: "a text"}[wanted]
-        raise ValueError(f"config.json: {key.hf[0]} is {value!r}; {noun} is needed")
+    is_zero_a_choice = DEFAULTS[field] == 0  # 0 is a size or a factor only where it means that there is none
+    if value is not None and (type(value) not in kinds or not _is_in_range(value, wanted, is_zero_a_choice)):
+        noun = {
+            int: f"a whole number from {0 if is_zero_a_choice else 1} to {LARGEST}",
+            float: f"a finite number {'of 0 or more' if is_zero_a_choice else 'above 0'}",
+            bool: "true or false",
+            str: "a text",
+        }[wanted]
+        raise ValueError(f"config.json: {key.hf[0]} is {shown(value)}; {noun} is needed")
+
+
+def _is_in_range(value: Any, wanted: type, is_zero_a_choice: bool) -> bool:
+    if wanted not in (int, float):
+        return True
+    most = LARGEST if wanted is int else sys.float_info.max
+    return (value > 0 or (value == 0 and is_zero_a_choice)) and value <= most
+
+
+def shown(value: Any) -> str:
+    """`value` in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _descend(hf: Mapping[str, Any], name: str) -> Any:

@@ -3,13 +3,14 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.family import Family, Rule
 
 EMBEDDING = "embedding.word_embeddings.weight"
+MOST_ENTRIES = 1 << 18  # of one model; published ones have up to a quarter of it
 # Buffers that old checkpoints stored and no model needs.
 IGNORED_HF = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -28,10 +29,18 @@ class Entry:
 
 
 def manifest(family: Family, config: ModelConfig) -> list[Entry]:
-    """One entry per parameter of `config`, model-wide ones first, then layer by layer, experts in order."""
+    """One entry per parameter of `config`, model-wide ones first, then layer by layer, experts in order.
+
+    Raises ValueError for an architecture of more than MOST_ENTRIES: no such model fits anywhere.
+    """
     rules = family.rules(config)
     entries = [entry for rule in rules if "{l}" not in rule.mcore for entry in _entries(rule, config, None)]
     per_layer = [rule for rule in rules if "{l}" in rule.mcore]
+    most = config.num_layers * sum(config.num_moe_experts if "{e}" in rule.mcore else 1 for rule in per_layer)
+    if most > MOST_ENTRIES:
+        experts = f" and num_moe_experts {config.num_moe_experts}" if config.num_moe_experts else ""
+        total = f"up to {most:,} tensors; at most {MOST_ENTRIES:,} are supported"
+        raise ValueError(f"num_layers {config.num_layers}{experts} make {total}")
     for layer in range(config.num_layers):
         kinds = ("all", "moe" if config.is_moe_layer(layer) else "dense")
         entries += [e for rule in per_layer if rule.layers in kinds for e in _entries(rule, config, layer)]
@@ -73,14 +82,17 @@ def check_complete(wanted: Iterable[str], found: Iterable[str], where: str) -> N
     expected = Counter(wanted)
     twice = sorted(name for name, count in expected.items() if count > 1)
     if twice:
-        raise AssertionError(f"two rules claim the same tensor: {_some(twice)}")
+        raise AssertionError(f"two rules claim the same tensor: {listed(twice)}")
     present = {name for name in found if not IGNORED_HF.search(name)}
     missing, unused = sorted(expected.keys() - present), sorted(present - expected.keys())
     if missing or unused:
-        parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
-        parts += [f"{len(unused)} unknown ({_some(unused)})"] if unused else []
+        parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
+        parts += [f"{len(unused)} unknown ({listed(unused)})"] if unused else []
         raise ValueError(f"{where} does not hold exactly this model's tensors: {'; '.join(parts)}")
 
 
-def _some(names: list[str], shown: int = 4) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+def listed(names: Sequence[str], shown: int = 4) -> str:
+    """The first of `names`, and how many more there are."""
+    more = len(names) - shown
+    legible = (name if name.isprintable() else repr(name) for name in names[:shown])
+    return ", ".join(legible) + (f" and {more:,} more" if more > 0 else "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
-from megatron_patch.families.family import Family
+from megatron_patch.families.family import Family, shown
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    except ValueError:
+        raise ValueError(f"{path} holds a number of thousands of digits; no setting has such a value") from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply to be a config.json") from None
     if not isinstance(hf, dict):
@@ -63,11 +65,14 @@ def by_architecture(hf: Mapping[str, Any], families: tuple[str, ...], directory:
     """The family whose architecture `hf` names."""
     listed = hf.get("architectures")
     named = listed[0] if isinstance(listed, list) and listed else None
-    for name in families:
-        if ALL[name].architecture == named:
-            return ALL[name]
+    for family in (ALL[name] for name in families):
+        if family.architecture == named:
+            if hf.get("model_type", family.model_type) != family.model_type:
+                told = f"model_type is {shown(hf['model_type'])}, but {named} is {family.model_type}"
+                raise ValueError(f"{directory}/config.json: {told}; correct one of them")
+            return family
     known = ", ".join(ALL[name].architecture for name in families)
-    raise ValueError(f"{directory}/config.json: architectures[0] is {named!r}; supported here: {known}")
+    raise ValueError(f"{directory}/config.json: architectures[0] is {shown(named)}; supported here: {known}")
 
 
 def _differences(family: Family, size: str, config: ModelConfig, directory: str | Path) -> list[str]:

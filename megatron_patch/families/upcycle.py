@@ -39,10 +39,10 @@ def check_upcycling(config: ModelConfig, upcycling: Upcycling) -> None:
     u, width = upcycling, config.ffn_hidden_size
     if config.num_moe_experts:
         raise ValueError(f"the model already has {config.num_moe_experts} experts; only a dense one is upcycled")
-    if not 1 <= u.moe_router_topk <= u.num_moe_experts:
-        raise ValueError(f"moe_router_topk is {u.moe_router_topk}; 1 to {u.num_moe_experts} experts can be chosen")
     if not 1 <= u.num_splits <= u.num_moe_experts:
         raise ValueError(f"num_splits is {u.num_splits}; {u.num_moe_experts} experts can hold 1 to as many parts")
+    if not 1 <= u.moe_router_topk <= u.num_moe_experts:
+        raise ValueError(f"moe_router_topk is {u.moe_router_topk}; 1 to {u.num_moe_experts} experts can be chosen")
     if width % u.num_splits:
         raise ValueError(f"num_splits {u.num_splits} does not divide the MLP's width {width}; choose a divisor")
     if u.moe_ffn_hidden_size is not None and u.moe_ffn_hidden_size < width // u.num_splits:

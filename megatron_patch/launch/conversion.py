@@ -55,14 +55,14 @@ class Conversion:
 
     def command(self, options: list[str]) -> list[str]:
         """The command that converts. Raises UsageError for an option that says again what is already decided."""
-        said = {**self.layout, "--assets": self.assets, "--dtype": self.dtype, **_changed(self.upcycling)}
-        flags = [text for flag, value in said.items() if value for text in (flag, str(value))]
+        all_flags = {**self.layout, "--assets": self.assets, "--dtype": self.dtype, **_changed(self.upcycling)}
+        said = {flag: str(value) for flag, value in all_flags.items() if value}
         for name in options:
-            if name.split("=")[0] in flags:
+            if name.split("=")[0] in said:
                 raise UsageError(f"{name.split('=')[0]} follows from the arguments before it; say it once")
         return [
             *(sys.executable, "-m", "megatron_patch.convert", self.source, self.target, "--format", self.format),
-            *flags,
+            *(text for flag in said.items() for text in flag),
             *("--model-size", self.size, *options),
         ]
 
@@ -165,16 +165,17 @@ def _job(request: Request) -> tuple[Conversion, list[str]]:
         families=families,
         size=size,
         assets=assets or None,
-        layout=_layout(v, is_back=is_back),
+        layout=_layout(v),
         dtype=v.get("PR"),
     )
     return job, notes
 
 
-def _layout(v: Mapping[str, Any], *, is_back: bool) -> dict[str, int | str | None]:
+def _layout(v: Mapping[str, Any]) -> dict[str, int | str | None]:
+    """What is written; on the way back what the checkpoint must be."""
     layout = {"--tp": v["TP"], "--pp": v["PP"], "--ep": v.get("EP")}
     layout["--first-stage-layers"] = v.get("MP_PP0_LAYERS") if v["PP"] > 1 else None
-    if "USE_TE" in v and not is_back:  # read from the checkpoint on the way back
+    if "USE_TE" in v:
         layout["--transformer-impl"] = "te" if v["USE_TE"] else "local"
     return layout
 

@@ -95,7 +95,8 @@ def _stage_problems(request: Request, layers: int) -> list[str]:
     if rest < pp - 1 or rest % (pp - 1):
         first_stage = request.where("MP_PP0_LAYERS")
         return [
-            f"{first_stage} is {first}: {rest} of {layers} layers do not fill {pp - 1} equal stages ({where} is {pp})"
+            f"{first_stage} is {first}: {max(rest, 0)} of {layers} layers do not fill {pp - 1} equal stages "
+            f"({where} is {pp})"
         ]
     return []
 

@@ -103,7 +103,7 @@ def test_other_families_go_to_megatron_lm_too(run, tmp_path, launcher, family):
     assert are_equal(tensors_in(tmp_path / "back"), tensors)
 
 
-def test_deepseek_has_an_uneven_first_stage_a_precision_and_its_own_names(run, tmp_path, monkeypatch):
+def test_deepseek_has_an_uneven_first_stage_a_precision_and_its_own_names(run, tmp_path, monkeypatch, capsys):
     tensors = write_model(tmp_path / "hf", "deepseek_v2")
     monkeypatch.setenv("MP_PP0_LAYERS", "1")
     sizes = (2, 2, 2, "bf16", "false")
@@ -115,6 +115,12 @@ def test_deepseek_has_an_uneven_first_stage_a_precision_and_its_own_names(run, t
     assert run("deepseek-convert", "auto", tmp_path / "mcore", tmp_path / "back", *sizes, "true", tmp_path / "hf") == 0
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     assert are_equal(tensors_in(tmp_path / "back"), rounded)
+    other = ("auto", tmp_path / "mcore", tmp_path / "other", *sizes[:4])
+    assert run("deepseek-convert", *other, "true", "true", tmp_path / "hf") == 1
+    assert "--transformer-impl is te, but SRC has local" in capsys.readouterr().err
+    monkeypatch.setenv("MP_PP0_LAYERS", "2")
+    assert run("deepseek-convert", *other, "false", "true", tmp_path / "hf") == 1
+    assert "--first-stage-layers is 2, but SRC has 1" in capsys.readouterr().err
 
 
 def test_megablocks_takes_ten_arguments_and_copies_the_mlp(run, tmp_path):

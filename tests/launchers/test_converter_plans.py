@@ -107,6 +107,11 @@ def test_an_uneven_first_stage_and_local_names_are_passed_on(planned, monkeypatc
     assert any("MP_PP0_LAYERS has no effect" in warning for warning in plan["warnings"])
 
 
+def test_an_option_whose_value_is_that_of_an_argument_is_no_second_saying_of_it(planned):
+    command = planned("deepseek-convert", [*DEEPSEEK, "--etp", DEEPSEEK[3]])["command"]
+    assert after(command, "--etp") == after(command, "--tp") == DEEPSEEK[3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -194,7 +199,11 @@ def test_layers_that_do_not_fill_the_stages_are_refused(refused, monkeypatch):
 
 @pytest.mark.parametrize(
     ("splits", "width", "told"),
-    [("3", "1408", "(NUM_SPLITS) 3 does not divide"), ("4", "1375", "(MOE_FFN) 1375 is below a part's width 1376")],
+    [
+        ("3", "1408", "(NUM_SPLITS) 3 does not divide"),
+        ("65", "1408", "(NUM_SPLITS) is 65; 64 experts can hold"),
+        ("4", "1375", "(MOE_FFN) 1375 is below a part's width 1376"),
+    ],
 )
 def test_parts_that_do_not_fit_are_refused_in_the_users_words(refused, monkeypatch, splits, width, told):
     monkeypatch.setenv("MP_DRY_RUN", "1")

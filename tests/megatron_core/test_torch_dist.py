@@ -16,6 +16,7 @@ READER = Path(__file__).with_name("torch_dist_reader.py")
 TIMEOUT = 300
 CASES = [  # family, Megatron's layout, whether it then writes every layer, expert and half under its own name
     ("Mistral", {}, True),
+    ("LLaMA 3.1", {"tensor": 2}, False),
     ("Qwen1.5, tied", {"tensor": 2, "pipeline": 2}, False),
     ("Mixtral", {"tensor": 2, "expert": 2}, True),
     ("Qwen1.5-MoE", {}, False),

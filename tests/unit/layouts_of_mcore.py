@@ -18,7 +18,7 @@ _TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 21,
 }
-_FRAGMENTS = {
+FRAGMENTS = {
     "mistral": _TINY | {"head_dim": 4},
     "qwen1_5": _TINY | {"tie_word_embeddings": True},
     "mixtral": _TINY | {"head_dim": 4, "num_local_experts": 4},
@@ -36,7 +36,7 @@ _FRAGMENTS = {
         "v_head_dim": 4,
     },
 }
-CONFIGS = {name: ALL[name].config(fragment) for name, fragment in _FRAGMENTS.items()}
+CONFIGS = {name: ALL[name].config(fragment) for name, fragment in FRAGMENTS.items()}
 ENTRIES = {name: manifest(ALL[name], config) for name, config in CONFIGS.items()}
 
 

@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named(tmp_path):
         open_it(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "", 7])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "", 7, "..", "a\0b"])
 def test_an_index_cannot_point_outside_its_directory(tmp_path, name):
     save_file(hf_tensors(), tmp_path / "outside.safetensors")
     (tmp_path / "hf").mkdir()
@@ -171,8 +171,11 @@ def test_parts_of_one_tensor_have_one_dtype(tmp_path):
 def test_a_tied_output_on_disk_must_equal_the_embedding(tmp_path):
     tied = dataclasses.replace(CONFIG, share_embeddings_and_output_weights=True)
     tensors = hf_tensors()
-    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
-        open_it(write_directory(tmp_path / "differs", tensors), tied)
+    tensors["model.embed_tokens.weight"][3, 4] = float("nan")
+    for kind in (torch.float32, torch.int8):
+        other = tensors | {"lm_head.weight": tensors["lm_head.weight"].to(kind)}
+        with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
+            open_it(write_directory(tmp_path / str(kind), other), tied)
     equal = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     del tensors["lm_head.weight"]
     for held in (equal, tensors):
@@ -234,8 +237,9 @@ def test_bin_files_are_held_to_the_same_rules(tmp_path):
         open_it(save_bins(tmp_path / "type", hf_tensors() | {"model.norm.weight": torch.ones(16, dtype=torch.int8)}))
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(15,\)"):
         open_it(save_bins(tmp_path / "shape", hf_tensors() | {"model.norm.weight": torch.ones(15)}))
-    with pytest.raises(ValueError, match=r"is not a dict of tensors"):
-        open_it(save_bins(tmp_path / "nested", {"state_dict": hf_tensors()}))
+    for kind, held in (("nested", {"state_dict": hf_tensors()}), ("numbered", {7: torch.ones(16)})):
+        with pytest.raises(ValueError, match=r"is not a dict of tensors"):
+            open_it(save_bins(tmp_path / kind, held))
     path = save_bins(tmp_path / "cut", hf_tensors()) / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"pytorch_model.bin is truncated or not a torch checkpoint"):

@@ -120,7 +120,7 @@ def test_rearranging_is_never_run_on_the_data(entry, tmp_path):
         return cut(entry, whole, 1, 2)
 
     as_one([Piece(entry, shard_shape(entry, 2), make)], from_hf(entry), tmp_path / "a.pt")
-    assert seen and all(whole.dtype == torch.int64 for whole in seen)
+    assert seen and all(whole.dtype == torch.int32 for whole in seen)
 
 
 def test_rows_that_stay_together_move_together():
@@ -129,6 +129,32 @@ def test_rows_that_stay_together_move_together():
     bands = trace(entry, parts, entry.shape, lambda entry, parts: merge(entry, parts, CONFIG))
     assert [(band.start, band.stop) for band in bands] == [(0, 24), (24, 48)]
     assert all(band.stored(parts) is not None for band in bands), "nothing is gathered"
+
+
+@every_kind
+def test_bands_do_not_end_where_a_block_of_row_numbers_does(entry, monkeypatch):
+    parts = [cut(entry, random(entry.shape), rank, 2) for rank in range(2)] if entry.shard else [random(entry.shape)]
+    at_once = trace(entry, parts, entry.shape, join)
+    for size in (1, 3, 7):
+        monkeypatch.setattr(rows, "BLOCK_ROWS", size)
+        assert trace(entry, parts, entry.shape, join) == at_once
+
+
+def test_row_numbers_take_at_most_half_of_the_tensor_however_narrow_and_tall(monkeypatch):
+    monkeypatch.setattr(rows, "MOST_NUMBERS", 100)
+    numbers = []
+
+    def joined(entry, parts):
+        numbers.extend([*parts, join(entry, parts)])
+        return numbers[-1]
+
+    def bands_of(width):
+        entry = Entry("e", ("e",), "copy", "vocab", (1999, width), None)
+        return trace(entry, [torch.empty(500, width, dtype=torch.bfloat16)] * 4, entry.shape, joined)
+
+    assert [(band.start, band.stop) for band in bands_of(8)] == [(0, 500), (500, 1000), (1000, 1500), (1500, 1999)]
+    assert sum(number.nbytes for number in numbers) <= 2000 * 8 * 2 // 2
+    assert bands_of(7) is None, "they would take more"
 
 
 def test_a_transposed_tensor_is_made_in_full(tmp_path):

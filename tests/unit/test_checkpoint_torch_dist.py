@@ -218,6 +218,16 @@ def test_an_index_that_names_code_is_refused_and_nothing_runs(tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("foreign", [b"Planned for 2031\n.", b"\nI am a note\n", b"", b"\x80\x02(lp0\n."])
+def test_an_index_of_something_else_is_told_in_one_line(tmp_path, foreign):
+    (tmp_path / ".metadata").write_bytes(foreign)
+    with pytest.raises(
+        ValueError, match=r"\.metadata is (refused|truncated or not a torch.distributed.*index): .+"
+    ) as told:
+        distcp.read_index(tmp_path)
+    assert len(str(told.value).splitlines()) == 1
+
+
 def test_a_box_that_names_code_is_refused_and_nothing_runs(tmp_path):
     write(tmp_path)
     path = tmp_path / "release" / distcp.DATA

@@ -1,6 +1,7 @@
 import argparse
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,24 +11,96 @@ import numpy
 import pytest
 import torch
 
-from megatron_patch.checkpoint.unpickle import Inert, read_pt
+from megatron_patch.checkpoint.unpickle import Inert, read_pt, reason
+
+
+def rezip(path: Path, change=lambda name, data: data, compression=zipfile.ZIP_STORED) -> Path:
+    """The file with its records changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(name, data))
+    return path
 
 
 def write_pickle(path: Path, program: bytes) -> Path:
     """A `.pt` whose object is the raw pickle `program`."""
     torch.save({"model": {}}, path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, program if name.endswith("data.pkl") else data)
-    return path
+    return rezip(path, lambda name, data: program if name.endswith("data.pkl") else data)
 
 
 def call(module: str, name: str, *arguments: str) -> bytes:
     """The pickle that calls `module.name(*arguments)` when it is read."""
     packed = b"".join(b"V" + argument.encode() + b"\n" for argument in arguments)
     return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"(" + packed + b"tR."
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """Its tensors are holes in the file."""
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = sum(int(memory[name].split()[0]) for name in ("MemTotal", "SwapTotal")) * 1024
+    path, count = tmp_path / "large.pt", total // 2**30 + 1
+    with torch.serialization.skip_data():
+        torch.save([torch.empty(2**30, dtype=torch.uint8) for _ in range(count)], path)
+    assert path.stat().st_size > total and path.stat().st_blocks * 512 < total // 100
+    tensors = read_pt(path)
+    assert len(tensors) == count and tensors[-1][-1] == 0
+
+
+def test_a_tensor_is_the_part_of_its_storage_that_it_was(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    kinds = [torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
+    saved = {
+        "shares": [whole, whole[1:3, ::2].t()],
+        "kinds": [torch.ones(3).to(kind) for kind in kinds],
+        "others": [torch.empty(0, 5), torch.tensor(7.0), torch.nn.Parameter(whole)],
+    }
+    unread = {"storage": torch.ones(3).untyped_storage(), "new": torch.ones(3, dtype=torch.uint16)}
+    torch.save(saved | unread, tmp_path / "a.pt")
+    read = read_pt(tmp_path / "a.pt")
+    for name, tensors in saved.items():
+        for ours, theirs in zip(read[name], tensors, strict=True):
+            assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride()) and torch.equal(ours, theirs)
+
+
+def test_reading_never_writes_to_the_file(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "a.pt")
+    read_pt(tmp_path / "a.pt").fill_(1)
+    assert not read_pt(tmp_path / "a.pt").any()
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
+    torch.save(torch.zeros(4), tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    assert content.count(b"K\x04\x85") == 1  # its size, (4,)
+    (tmp_path / "a.pt").write_bytes(content.replace(b"K\x04\x85", b"K\x05\x85"))
+    with pytest.raises(ValueError, match=r"a.pt is truncated or not a torch checkpoint: .* out of bounds"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_values_that_are_not_where_they_are_said_to_be_are_refused(tmp_path):
+    """Pages of such a file would be read as numbers that nobody wrote."""
+    torch.save({"a": torch.ones(1000), "b": torch.ones(1000)}, tmp_path / "whole.pt")
+    shorter = rezip(
+        shutil.copy(tmp_path / "whole.pt", tmp_path / "short.pt"), lambda n, d: d[:-4] if "data/0" in n else d
+    )
+    with pytest.raises(ValueError, match=r"short.pt is refused: data/0 holds 3996 bytes, and 4000 are meant$"):
+        read_pt(shorter)
+    with pytest.raises(ValueError, match=r"whole.pt is refused: it is compressed"):
+        read_pt(rezip(tmp_path / "whole.pt", compression=zipfile.ZIP_DEFLATED))
+
+
+def test_a_file_of_old_torch_says_what_to_do(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"a.pt is refused: torch before 1.6 wrote it; torch.load and torch.save it"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_a_refusal_is_one_line():
+    told = pickle.UnpicklingError("A load persistent id instruction was encountered,\nbut nothing. A second sentence.")
+    assert reason(told) == "A load persistent id instruction was encountered, but nothing"
+    assert reason(EOFError()) == "EOFError"
 
 
 @pytest.mark.parametrize(

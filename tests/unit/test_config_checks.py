@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from megatron_patch.config.checks import check, problems, sample_length
+from megatron_patch.config.checks import check, check_model, problems, sample_length
 from megatron_patch.config.flags import from_flags, known_flags, to_flags, unknown_flag
 from megatron_patch.config.run import RunConfig
 
@@ -99,6 +99,13 @@ def test_a_broken_rule_is_told_with_both_values(flags, world, told):
     found = problems(run(*flags.split()), world)
     assert len(found) == 1
     assert told in found[0]
+
+
+def test_an_architecture_alone_has_ranges_and_rules():
+    check_model(run().model)
+    for change, told in (({"rotary_base": 0.0}, "rotary_base 0.0 must be more"), ({"kv_channels": 15}, "must be even")):
+        with pytest.raises(ValueError, match=told):
+            check_model(dataclasses.replace(run().model, **change))
 
 
 def test_no_checkpoint_needs_a_tokenizer():

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from megatron_patch.families import ALL
 from megatron_patch.families.family import OPTIONAL
+from megatron_patch.families.manifest import manifest
 from megatron_patch.families.resolve import by_architecture, from_checkpoint, preset, read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -255,6 +256,48 @@ def test_what_would_change_the_mathematics_is_refused(name, change):
         ALL[name].config(golden(name) | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rope_theta": 0}, "rope_theta is 0; a finite number above 0 is needed"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; a finite number above 0 is needed"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; a finite number above 0 is needed"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648; a whole number from 1 to 2147483647 is needed"),
+        ({"hidden_size": 10**4000}, r"hidden_size is 1000+…; a whole number"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; an object is needed"),
+        ({"rope_scaling": "x"}, "rope_scaling is 'x'; an object is needed"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            r"rope_parameters.full_attention is .*; one setting for all",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config says .* quantised \('gptq'\)"),
+        ({"compression_config": {"format": "pack"}}, r"compression_config says .* quantised \(None\)"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_meant_is_refused_in_the_files_own_words(change, told):
+    with pytest.raises(ValueError, match=rf"^config.json: {told}") as error:
+        MISTRAL.config(golden("mistral") | change)
+    assert len(str(error.value)) < 200
+
+
+def test_a_null_table_and_an_empty_quantisation_say_nothing():
+    changed = {"rope_scaling": None, "rope_parameters": {}, "quantization_config": {}, "compression_config": None}
+    assert MISTRAL.config(golden("mistral") | changed) == MISTRAL.config(golden("mistral"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_hidden_layers": 10**7}, "num_layers 10000000 and num_moe_experts 8 make up to 210,000,000 tensors"),
+        ({"num_local_experts": 10**7}, "num_layers 32 and num_moe_experts 10000000 make up to 640,000,160 tensors"),
+    ],
+)
+def test_an_architecture_of_absurd_size_is_refused_before_it_is_expanded(change, told):
+    with pytest.raises(ValueError, match=f"{told}; at most 262,144 are supported"):
+        manifest(ALL["mixtral"], ALL["mixtral"].config(golden("mixtral") | change))
+
+
 def test_two_settings_of_one_key_are_not_written_as_one():
     config = dataclasses.replace(preset(("mixtral",), "8x7B").config, moe_ffn_hidden_size=3584)
     with pytest.raises(ValueError, match=r"one intermediate_size for settings that differ here: 14336 and 3584"):
@@ -303,8 +346,9 @@ def test_a_published_checkpoint_is_its_size_without_a_warning(directory):
         ("[]", "holds list"),
         ('{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'"),
         ('{"architectures": 5}', r"architectures\[0\] is None"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", "config.json holds a number of thousands of digits"),
     ],
-    ids=["cut", "deep", "list", "family", "number"],
+    ids=["cut", "deep", "list", "family", "number", "digits"],
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
-from megatron_patch.verify import check_equal, check_logits
+from megatron_patch.verify import check_can_run, check_equal, check_logits
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -98,5 +98,19 @@ def test_the_same_nan_is_equal_but_has_no_logits():
 def test_many_differences_are_counted_and_some_are_named():
     _, entries = model("dense")
     other = Drawn({entry.mcore: Drawn().read(entry) + 1 for entry in entries[:6]})
-    with pytest.raises(ValueError, match=r"6 tensors differ from the source \(.*, …\)"):
+    with pytest.raises(ValueError, match=r"6 tensors differ from the source \(.*, .*, .*, .* and 2 more\)$"):
         check_equal(entries, Drawn(), other)
+
+
+@pytest.mark.parametrize("width", [20, 18], ids=["no whole 16 bytes in bf16", "nor in float32"])
+def test_experts_of_any_width_are_compared(width):
+    config = ALL["mixtral"].config(SMALL | {"num_local_experts": 4, "intermediate_size": width})
+    entries = manifest(ALL["mixtral"], config)
+    rounded = Drawn({entry.mcore: Drawn().read(entry).bfloat16() for entry in entries})
+    check_can_run(config, 12)
+    check_logits(entries, config, rounded, rounded, 12)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused():
+    with pytest.raises(ValueError, match=r"logits of 65 tokens cannot be compared: max_position_embeddings is 64"):
+        check_can_run(model("dense")[0], 65)
