@@ -1,1 +1,1 @@
-"""From what a user typed to one checked command: positional tables, the plan, torchrun. Never imports torch."""
+"""From what a user typed to one checked command: positional tables, the plan, the agent. Never imports torch."""
