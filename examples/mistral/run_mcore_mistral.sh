@@ -2,21 +2,21 @@
 # Pre-train or fine-tune Mistral. 26 positionals, then any --flag that overrides a derived one (--log-interval 10).
 #
 #    1 ENV                 dsw (this machine) | dlc (several nodes)
-#    2 MODEL_SIZE          7B | auto (from the checkpoint's config.json)
+#    2 MODEL_SIZE          7B | 7B-v0.2 | 7B-v0.3 | 8x7B | auto (from the checkpoint's config.json)
 #    3 BATCH_SIZE          samples per forward pass and data-parallel rank
 #    4 GLOBAL_BATCH_SIZE   samples per optimizer step
 #    5 LR                  peak learning rate
 #    6 MIN_LR              final learning rate
 #    7 SEQ_LEN             tokens per sample
 #    8 PAD_LEN             tokens per raw fine-tuning record, padding included
-#    9 PR                  bf16 | fp32
+#    9 PR                  bf16 | fp16 | fp8 | fp32
 #   10 TP  11 PP  12 CP  13 EP   parallel sizes: tensor, pipeline, context, expert
 #   14 SP                  sequence parallelism: true | false
 #   15 DO                  distributed optimizer: true | false
 #   16 FL                  fastest attention kernel: true | false
 #   17 SFT                 fine-tune on instructions: true | false
-#   18 AC                  activation checkpointing: false
-#   19 OPTIMIZER_OFFLOAD   false
+#   18 AC                  recompute or offload activations: sel | full | offload | false
+#   19 OPTIMIZER_OFFLOAD   state to host memory: false | static | auto | a share such as 0.5
 #   20 SAVE_INTERVAL       iterations between checkpoints
 #   21 DATASET_PATH        .bin/.idx prefix, 'weight prefix weight prefix …', or JSON file
 #   22 VALID_DATASET_PATH  the same for validation
@@ -26,7 +26,8 @@
 #   26 OUTPUT_BASEPATH     directory for checkpoints and logs
 #
 # MP_DRY_RUN=1 prints the plan and starts nothing. MP_DATASET_TYPE=raw reads JSON records (SFT=true).
-# NPROC_PER_NODE sets the number of ranks.
+# NPROC_PER_NODE sets the number of ranks; MP_VP layers per virtual stage, MP_PP0_LAYERS those of the first stage,
+# MP_AC_LAYERS those recomputed or offloaded together.
 #
 #   sh run_mcore_mistral.sh dsw 7B 1 8 1e-5 1e-6 128 128 bf16 4 1 1 1 true true true false false false 100000 \
 #     /mnt/mistral-datasets/wudao_mistralbpe_content_document /mnt/mistral-datasets/wudao_mistralbpe_content_document \

@@ -125,7 +125,10 @@ def _own(run: RunConfig, root: Path) -> list[Recorded]:
     if run.checkpoint.overwrite:
         return []
     if not found:
-        raise FileExistsError(f"{root} already holds checkpoints without a {RUN}, which cannot be continued; {replace}")
+        raise FileExistsError(
+            f"{root} already holds checkpoints that cannot be continued: none has a {RUN}, as with "
+            f"--ckpt-format torch, which keeps weights alone; {replace}"
+        )
     raise FileExistsError(
         f"{root} already holds checkpoints of another run; {replace}. What differs:\n  " + "\n  ".join(differing)
     )

@@ -66,7 +66,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
         check_shared(Path(run.checkpoint.save), group)
         lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
         log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
-        for line in (*lines, *described(run), f"attention: {kernel.description}"):
+        for line in (*lines, *described(run), f"attention: {kernel.description}", *_nothing_left(run, beginning)):
             log.say(f" {line}")
         saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
         try:
@@ -75,8 +75,11 @@ def train(run: RunConfig, mesh: Mesh) -> None:
                     log.before_training(evaluate(passes, validation, mesh))
                 for iteration, micro_batches in enumerate(batches, beginning.iteration + 1):
                     if _iterate(training, log, saver, iteration, micro_batches, is_stop_asked):
-                        log.say(f" asked to stop: iteration {iteration} is the last; the same command goes on from it")
+                        log.say(f" asked to stop: iteration {iteration} is the last; {_way_on(run)}")
                         break
+        except RuntimeError:  # a rank that no longer answers may hold up the save too
+            saver.wait(60 * run.parallel.distributed_timeout_minutes)
+            raise
         finally:
             saver.wait()
         saver.finish()
@@ -156,6 +159,21 @@ def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable
         training_batches(run.data, tokenizer, train_iters=run.train_iters, start_iteration=start_iteration, **dealt),
         validation_batches(run.data, tokenizer, eval_iters=run.eval_iters, **dealt),
     )
+
+
+def _nothing_left(run: RunConfig, beginning: Beginning) -> list[str]:
+    if beginning.iteration < run.train_iters:
+        return []
+    return [
+        f"nothing is left to train: {beginning.iteration} iterations are done, and {run.train_iters} are asked for; "
+        f"their weights are in {beginning.checkpoint.directory}. For more, raise TRAIN_TOKENS_OR_ITERS"
+    ]
+
+
+def _way_on(run: RunConfig) -> str:
+    if run.checkpoint.ckpt_format == "torch":
+        return "its weights can start a run, but without an optimizer's state none goes on from them"
+    return "the same command goes on from it"
 
 
 def _due(run: RunConfig, iteration: int, interval: int) -> bool:

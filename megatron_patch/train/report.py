@@ -70,7 +70,7 @@ def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> Verdict:
     endings = sorted(endings, key=lambda ending: (_blame(ending), ending.rank))
     cause = endings[0]
     ranks = [ending.rank for ending in endings if _words(ending) == _words(cause)]
-    said = f"{_numbers(ranks)}{_words(cause)}"
+    said = f"{_numbers(ranks)}{_words(cause, many=len(ranks) > 1)}"
     is_consequence = _blame(cause) >= ABORTED
     if is_consequence and silent:
         said = f"{unanswered(silent)}; {said}"
@@ -90,13 +90,13 @@ def _blame(ending: Ending) -> int:
     return KILLED if ending.status < 0 else FAILED
 
 
-def _words(ending: Ending) -> str:
+def _words(ending: Ending, *, many: bool = False) -> str:
     if ending.report is not None:
         return f": {ending.report.text}"
     if ending.status >= 0:
         return f" ended with status {ending.status}"
     hint = ", as the kernel does when memory runs out" if ending.status == -signal.SIGKILL else ""
-    return f" was killed by {signal.Signals(-ending.status).name}{hint}"
+    return f" {'were' if many else 'was'} killed by {signal.Signals(-ending.status).name}{hint}"
 
 
 def _numbers(ranks: list[int]) -> str:

@@ -101,10 +101,10 @@ class Saver:
         if not self.run.checkpoint.async_save:
             self.wait()
 
-    def wait(self) -> None:
-        """Return when no save is under way."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when no save is under way, or when that has not ended in so many `seconds`: it is given up."""
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(seconds)
             self.thread = None
 
     def finish(self) -> None:

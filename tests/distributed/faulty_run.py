@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.model.decoder import GPTModel
-from megatron_patch.train import shared_output, step
+from megatron_patch.train import save, shared_output, step
 from megatron_patch.train.loop import train
 from megatron_patch.train.parameters import local, named_parameters
 from tiny_run import mesh_of
@@ -48,6 +50,26 @@ def with_poisoned_layer(run: RunConfig, world: int, rank: int, layer: int, is_ba
     except ValueError as error:
         return str(error)
     return "it did not end"
+
+
+def held_up_in_a_save(run: RunConfig, world: int, rank: int) -> float:
+    """Seconds until a run ends whose `rank` hangs in its first save, and in whose next step the others miss it."""
+    released, write = threading.Event(), save.write_boxes
+
+    def missed(_: list[GPTModel]) -> None:
+        raise RuntimeError("Timed out")
+
+    if dist.get_rank() == rank:
+        save.write_boxes = lambda *arguments: write(*arguments) if released.wait() else None
+    _after_gradients(dist.get_rank(), run.checkpoint.save_interval + 1, missed)
+    started = time.monotonic()
+    try:
+        train(run, mesh_of(run, world))
+    except RuntimeError:
+        return time.monotonic() - started
+    finally:
+        released.set()
+    return float("inf")
 
 
 class _Poison(torch.autograd.Function):

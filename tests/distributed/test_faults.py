@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from faulty_run import asked_to_stop, sharing, with_poisoned_gradient, with_poisoned_layer
+from faulty_run import asked_to_stop, held_up_in_a_save, sharing, with_poisoned_gradient, with_poisoned_layer
 from megatron_patch.config.parallel import ParallelConfig
+from megatron_patch.parallel.mesh import single_process
+from megatron_patch.train import step
+from megatron_patch.train.loop import train
 from ranks import run_ranks
 from tiny_run import check_same_tensors, losses, tiny_run, train_on_ranks
 
@@ -69,3 +74,26 @@ def test_directories_that_are_not_one_are_refused_by_every_rank(tmp_path):
     assert told[0] == told[1] and told[0].startswith(f"{tmp_path / 'other'} on ") and "OUTPUT_BASEPATH" in told[0]
     assert run_ranks(sharing, 2, [tmp_path / "one"] * 2) == ["shared"] * 2
     assert not list(tmp_path.glob("*/*")), "the token is left behind"
+
+
+def test_a_rank_that_hangs_in_a_save_holds_up_the_others_no_longer_than_the_timeout(tmp_path):
+    run = tiny_run(tmp_path, parallel=ParallelConfig(distributed_timeout_minutes=0.02))
+    waited = run_ranks(held_up_in_a_save, 2, run, 2, 1)
+    assert all(1.2 <= seconds < 30 for seconds in waited), waited
+
+
+@pytest.mark.parametrize(("ckpt_format", "told"), [("torch", "none goes on from them"), ("dcp", "the same command")])
+def test_a_stopped_run_says_whether_it_can_go_on(tmp_path, monkeypatch, capsys, ckpt_format, told):
+    finish = step.finish_gradients
+    monkeypatch.setattr(step, "finish_gradients", lambda *a: (finish(*a), os.kill(os.getpid(), signal.SIGTERM)))
+    train(tiny_run(tmp_path, ckpt_format=ckpt_format), single_process())
+    assert told in next(line for line in capsys.readouterr().out.splitlines() if "iteration 1 is the last" in line)
+
+
+def test_a_run_of_which_nothing_is_left_says_so_and_where_its_weights_are(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    train(run, single_process())
+    train(dataclasses.replace(run, train_iters=2), single_process())
+    weights = Path(run.checkpoint.save, "iter_0000004")
+    told = "nothing is left to train: 4 iterations are done, and 2 are asked for; their weights are in"
+    assert f"{told} {weights}." in capsys.readouterr().out

@@ -17,6 +17,7 @@ BROKEN = Report("KeyError: 'x'", traceback="Traceback …")
     [
         ([Ending(0, 1, GONE), Ending(1, -signal.SIGKILL)], {}, "rank 1 was killed by SIGKILL, as the kernel does"),
         ([Ending(0, 1, GONE), Ending(2, -signal.SIGSEGV)], {}, "rank 2 was killed by SIGSEGV"),
+        ([Ending(0, -signal.SIGSEGV), Ending(2, -signal.SIGSEGV)], {}, "ranks 0, 2 were killed by SIGSEGV"),
         ([Ending(0, 1, GONE), Ending(3, 1, BROKEN)], {1: ""}, "rank 3: KeyError: 'x'"),
         ([Ending(2, 1, Report("no")), Ending(0, 1, Report("no"))], {}, "ranks 0, 2: no"),
         ([Ending(0, 1, Report("no")), Ending(1, 1, Report("yes"))], {}, "rank 0: no"),
