@@ -14,7 +14,10 @@ def resolve_size(
     """
     if directory is None:
         if size == "auto":
-            raise UsageError(f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none")
+            raise UsageError(
+                f"{where} is 'auto', which reads a checkpoint's config.json, and the checkpoint is none; "
+                "name a size, or the directory of a checkpoint"
+            )
         return preset(families, size), []
     try:
         return from_checkpoint(families, size, directory), []
