@@ -1,5 +1,6 @@
 """A training launcher's arguments as a run, and the run as a plan whose command starts it."""
 
+import importlib.util
 import re
 import sys
 import time
@@ -178,12 +179,23 @@ def _check_data_kind(request: Request) -> None:
 def _check(request: Request, run: RunConfig, world: int, absent: list[str]) -> list[str]:
     """Raise UsageError with all that is broken. A dry run only warns of paths that are missing or occupied now."""
     now, wrong = look(run)
-    obstacles = [*absent, *now]
+    obstacles = [*absent, *now, *_lacking_for_float8(request, run)]
     broken = [in_capitals(sentence, request) for sentence in problems(run, world)]
     broken += [*wrong, *([] if request.is_dry else obstacles)]
     if broken:
         raise UsageError("\n".join(broken))
     return obstacles
+
+
+def _lacking_for_float8(request: Request, run: RunConfig) -> list[str]:
+    """What fp8 needs and this machine does not show; the ranks look at the GPU itself."""
+    lacking = []
+    if run.precision == "fp8" and not cluster.accelerators(request.environ)[0]:
+        lacking.append("a CUDA GPU of compute capability 8.9 or more")
+    if run.precision == "fp8" and importlib.util.find_spec("torchao") is None:
+        lacking.append("the package torchao (the extra `fp8`)")
+    where = place(request.table, "PR")
+    return [f"{where} is fp8, which needs {' and '.join(lacking)}, not found here; use bf16"] if lacking else []
 
 
 def in_capitals(sentence: str, request: Request) -> str:

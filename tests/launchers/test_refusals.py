@@ -115,6 +115,24 @@ def test_a_bad_variable_is_named_with_what_is_allowed(refused, monkeypatch, name
     assert f"environment variable {name} is {text!r}; allowed: " in refused("mistral", PRETRAINING)
 
 
+FLOAT8 = "argument 9 (PR) is fp8, which needs a CUDA GPU of compute capability 8.9 or more"
+
+
+@pytest.fixture
+def without_accelerators(monkeypatch):
+    monkeypatch.setattr("megatron_patch.launch.cluster._device_files", lambda kind, root: 0)
+
+
+@pytest.mark.usefixtures("without_accelerators")
+def test_float8_without_a_gpu_is_refused(refused):
+    assert FLOAT8 in refused("mistral", changed(PRETRAINING, PR="fp8"))
+
+
+@pytest.mark.usefixtures("without_accelerators")
+def test_a_dry_run_of_float8_without_a_gpu_warns(planned):
+    assert any(FLOAT8 in warning for warning in planned("mistral", changed(PRETRAINING, PR="fp8"))["warnings"])
+
+
 def test_raw_records_without_fine_tuning_are_refused(refused, monkeypatch):
     monkeypatch.setenv("MP_DATASET_TYPE", "raw")
     assert "SFT" in refused("mistral", PRETRAINING)
