@@ -18,11 +18,15 @@ FINAL_EPOCH_THRESHOLD = 0.80
 
 
 class Sample(NamedTuple):
-    """One training sample: tokens int64 [S], labels int64 [S] already shifted, loss_mask float32 [S]."""
+    """One training sample: tokens int64 [S], labels int64 [S] already shifted, loss_mask float32 [S].
+
+    `starts`, int64 [S], where it holds several segments: the position of the first token of each token's segment.
+    """
 
     tokens: npt.NDArray
     labels: npt.NDArray
     loss_mask: npt.NDArray
+    starts: npt.NDArray | None = None
 
 
 class Epochs(NamedTuple):
