@@ -15,6 +15,8 @@ from megatron_patch.data.indexed import IndexedDataset
 
 # With less than this share of the last epoch needed, its documents are shuffled apart from the full epochs'.
 FINAL_EPOCH_THRESHOLD = 0.80
+# Documents looked at together: what is held besides the result stays small however many samples there are.
+CHUNK = 1 << 16
 
 
 class Sample(NamedTuple):
@@ -104,7 +106,8 @@ def build_indices(
 ) -> SampleIndices:
     """The order of at least `num_samples` samples (None: one epoch) from `sequences`, whose sizes are in `lengths`.
 
-    Equal to Megatron-Core's, array by array, except that no loop runs over tokens or documents.
+    Equal to Megatron-Core's, array by array, except that no loop runs over tokens or documents. Takes 12 bytes a
+    sample (20 where a document or their number passes 2³¹), while it works 16 more for each document of each epoch.
     """
     tokens = int(lengths[sequences].sum(dtype=np.int64))
     epochs = _count_epochs(tokens, num_samples, seq_length)
@@ -149,12 +152,21 @@ def _document_index(sequences: npt.NDArray, epochs: Epochs, generator: np.random
 def _sample_index(lengths: npt.NDArray, seq_length: int) -> npt.NDArray:
     """Where every seq_length-th token lies. `lengths` are those of the document index, in its order."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    starts_of_samples = np.arange(0, ends[-1], seq_length)
-    positions = np.searchsorted(ends, starts_of_samples, side="right")
-    offsets = starts_of_samples - (ends[positions] - lengths[positions])
-    positions[0] = 0  # Megatron starts at the first document even when it is empty
     widest = max(len(lengths), int(lengths.max()))
-    return np.stack([positions, offsets], axis=1).astype(np.int32 if widest <= np.iinfo(np.int32).max else np.int64)
+    dtype = np.int32 if widest <= np.iinfo(np.int32).max else np.int64
+    index = np.empty((-(-int(ends[-1]) // seq_length), 2), dtype)
+    done = 0
+    for first in range(0, len(lengths), CHUNK):
+        stop = ends[first : first + CHUNK]
+        begun = -(-stop // seq_length)  # samples that begin before each document's end
+        drawn = np.diff(begun, prepend=done)
+        total = int(begun[-1])
+        index[done:total, 0] = np.repeat(np.arange(first, first + len(stop), dtype=dtype), drawn)
+        starts = np.repeat(stop - lengths[first : first + CHUNK], drawn)
+        index[done:total, 1] = np.arange(done * seq_length, total * seq_length, seq_length) - starts
+        done = total
+    index[0, 0] = 0  # Megatron starts at the first document even when it is empty
+    return index
 
 
 def _shuffle_index(count: int, before_final: int, generator: np.random.RandomState) -> npt.NDArray:

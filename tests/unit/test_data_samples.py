@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_patch.data.blend import BlendedDataset, blend_indices, blended
+from megatron_patch.data.blend import BlendedDataset, blended
+from megatron_patch.data.blend_order import blend_indices
 from megatron_patch.data.gpt import GPTDataset, build_indices
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.paths import Source, parse_blend
