@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.blend import SampleDataset, blended
-from megatron_patch.data.gpt import GPTDataset
+from megatron_patch.data.chat_template import resolve_renderer
+from megatron_patch.data.gpt import GPTDataset, Sample
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.instructions import InstructionDataset
 from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.prompts import resolve_renderer
 from megatron_patch.data.splits import split_range
 from megatron_patch.data.tokenizer import vocabulary_size
 
@@ -83,7 +83,7 @@ class Batches:
 
     def _batch(self, positions: Sequence[int]) -> Batch:
         samples = [self.dataset[self.order(position)] for position in positions]
-        tokens, labels, loss_mask = (np.stack(part) for part in zip(*samples, strict=True))
+        tokens, labels, loss_mask = (np.stack(part) for part in list(zip(*samples, strict=True))[:3])
         highest = max(int(tokens.max()), int(labels.max()))
         lowest = min(int(tokens.min()), int(labels.min()))
         if highest >= self.vocabulary or lowest < 0:
@@ -91,7 +91,15 @@ class Batches:
                 f"the dataset holds token {lowest if lowest < 0 else highest}, but the tokenizer's ids are 0 to "
                 f"{self.vocabulary - 1}; preprocess the data with the tokenizer that belongs to this model"
             )
-        return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)))
+        return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)), _starts(samples))
+
+
+def _starts(samples: Sequence[Sample]) -> Tensor | None:
+    """Those of a batch; None where every row is one segment."""
+    if all(sample.starts is None for sample in samples):
+        return None
+    rows = [np.zeros_like(sample.tokens) if sample.starts is None else sample.starts for sample in samples]
+    return torch.from_numpy(np.stack(rows))
 
 
 def training_batches(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.prompts import PROMPTS, Instruction, Rendered, Renderer, resolve_renderer
+from megatron_patch.data.prompts import PROMPTS, Conversation, Rendered, Renderer, Turn, ask
 from megatron_patch.data.tokenizer import load_tokenizer
 
 # A Mistral-like conversation; transformers itself marks what stands between the generation tags.
@@ -124,7 +125,7 @@ def test_records_keep_their_own_tokens(tmp_path, tokenizer):
     together = dataset(tmp_path, tokenizer, RECORDS)
     apart = [dataset(tmp_path, tokenizer, [record])[0] for record in RECORDS]
     for one, other in zip((together[i] for i in range(len(RECORDS))), apart, strict=True):
-        assert [part.tolist() for part in one] == [part.tolist() for part in other]
+        assert [part.tolist() for part in one[:3]] == [part.tolist() for part in other[:3]]
 
 
 def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_is_not(tmp_path, tokenizer):
@@ -133,17 +134,22 @@ def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_i
     )
     text, path = "def return", tmp_path / "records.json"
     path.write_text('[{"instruction": "q", "output": "a"}]')
-    renderer = Renderer(lambda record: Rendered(text, text.index("return") + 3), adds_special_tokens=True)
+    renderer = Renderer(
+        lambda record: Rendered(text, ((text.index("return") + 3, len(text)),)), adds_special_tokens=True
+    )
     sample = InstructionDataset(path, tokenizer, renderer, length=16)[0]
     assert tokenizer.convert_ids_to_tokens(sample.tokens[:4]) == ["<s>", "▁def", "▁return", "</s>"]
     assert np.flatnonzero(sample.loss_mask).tolist() == [1]
 
 
-def test_alpaca_has_an_input_section_only_with_input(tmp_path, tokenizer):
-    both = PROMPTS["alpaca"].with_input.format(instruction="add", input="{1} and 2")
+def test_alpaca_has_an_input_section_only_with_input(tokenizer):
+    both = ask(PROMPTS["alpaca"], "add", "{1} and 2")
+    assert both.startswith("Below is an instruction that describes a task, paired with an input")
     assert both.endswith("### Instruction:\nadd\n\n### Input:\n{1} and 2\n\n### Response:\n")
-    rendered = resolve_renderer("alpaca", tokenizer, "mistral").render(Instruction("add", "", "{3}"))
-    assert "Input" not in rendered.text and rendered.text[rendered.answer_start :] == "{3}</s>"
+    renderer = resolve_renderer("alpaca", tokenizer, "mistral")
+    rendered = renderer.render(Conversation(None, (Turn("add", "", "{3}"),)))
+    ((begin, end),) = rendered.learned
+    assert "Input" not in rendered.text and rendered.text[begin:end] == "{3}</s>"
 
 
 def test_a_named_template_wins_over_the_tokenizers(tmp_path, tokenizer):
@@ -153,7 +159,7 @@ def test_a_named_template_wins_over_the_tokenizers(tmp_path, tokenizer):
 
 
 def test_an_unknown_template_is_named(tokenizer):
-    with pytest.raises(ValueError, match="prompt type 'mixtrall' is not one of mistral, alpaca, empty"):
+    with pytest.raises(ValueError, match="prompt type 'mixtrall' is not one of mistral, mixtral, alpaca, "):
         resolve_renderer("mixtrall", tokenizer, "mistral")
 
 
@@ -181,7 +187,7 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"instruction": "q"}]', r"record 1: no output or content or response among its keys \(instruction\)"),
+        ('[{"instruction": "q"}]', r"record 1: no output or content or .* among its keys \(instruction\)"),
         (GOOD + '{"output": "a"}', "line 2: no instruction or query"),
         (GOOD + '\n{"instruction": "q", "output": 3}', "line 3: output is int, not text"),
         ('{"instruction": "q", "input": ["x"], "output": "a"}', "line 1: input is list, not text"),
