@@ -52,17 +52,15 @@ class InstructionDataset:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        return self.joined([index])
+        # What follows a single record is padding, which it does not see anyway.
+        return self.joined([index])._replace(starts=None)
 
     def tokens(self, index: int) -> int:
         """Tokens that a record takes in a sample: all but its last, which is only a label."""
         return int(self._bounds[index + 1] - self._bounds[index]) - 1
 
     def joined(self, indices: Sequence[int]) -> Sample:
-        """One sample of these records one after the other, segments that do not see each other; a padding at the end.
-
-        A single record needs no `starts`: what comes after it is padding, which it does not see either.
-        """
+        """One sample of these records, one after the other, in segments of their own; so is the padding at the end."""
         tokens, labels = (np.full(self.length, self.pad, np.int64) for _ in range(2))
         loss_mask, starts = np.zeros(self.length, np.float32), np.empty(self.length, np.int64)
         begin = 0
@@ -73,7 +71,7 @@ class InstructionDataset:
             starts[begin:end] = begin
             begin = end
         starts[begin:] = begin
-        return Sample(tokens, labels, loss_mask, starts if len(indices) > 1 else None)
+        return Sample(tokens, labels, loss_mask, starts)
 
 
 def tokenised(

@@ -138,6 +138,7 @@ def _data(v: Mapping[str, Any]) -> DataConfig:
         dataset="JSON-SFT" if is_raw else "MMAP",
         seq_length=v["SEQ_LEN"],
         max_padding_length=v["PAD_LEN"],
+        sft_packing=v["MP_SFT_PACKING"] and is_raw,
     )
 
 
@@ -220,6 +221,7 @@ def _without_effect(request: Request) -> list[str]:
         ),
         (v["PP"] == 1 and v["MP_VP"] > 0, "MP_VP has no effect without pipeline parallelism (PP is 1)"),
         (v["PP"] == 1 and v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
+        (v["MP_SFT_PACKING"] and not v["SFT"], "MP_SFT_PACKING is true: no effect in pre-training (SFT is false)"),
         (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),
         (is_raw and pad != length, f"SEQ_LEN (argument 7) is {length}: raw records are PAD_LEN = {pad} tokens long"),
     )

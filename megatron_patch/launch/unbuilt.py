@@ -8,7 +8,6 @@ from megatron_patch.launch.positional import UsageError
 Line = tuple[str, Callable[[Mapping[str, object]], bool], str, str]
 
 TRAINING: tuple[Line, ...] = (
-    ("MP_SFT_PACKING", lambda v: v["MP_SFT_PACKING"], "packed fine-tuning", "false"),
     (
         "SFT",
         lambda v: v["SFT"] and v["MP_DATASET_TYPE"] != "raw",

@@ -46,6 +46,16 @@ def test_a_fine_tuning_has_its_own_name_and_reads_records(planned, monkeypatch):
     run = flags(plan)
     assert (run.data.dataset, run.data.seq_length, run.data.max_padding_length) == ("JSON-SFT", 128, 64)
     assert not run.parallel.sequence_parallel  # nothing to cut at TP 1
+    assert not run.data.sft_packing
+    monkeypatch.setenv("MP_SFT_PACKING", "true")
+    assert flags(planned("mistral", RAW_FINE_TUNING)).data.sft_packing
+
+
+def test_packing_means_nothing_to_pre_training(planned, monkeypatch):
+    monkeypatch.setenv("MP_SFT_PACKING", "true")
+    plan = planned("mistral", PRETRAINING)
+    assert any("MP_SFT_PACKING is true: no effect in pre-training" in warning for warning in plan["warnings"])
+    assert not flags(plan).data.sft_packing
 
 
 def test_the_ranks_see_what_the_positionals_say(planned):
@@ -277,4 +287,4 @@ def test_the_tools_accept_the_commands_that_are_planned(planned, tmp_path, monke
     capsys.readouterr()
     assert (jobs[0].format, jobs[0].assets, jobs[0].model_size) == ("hf", tmp_path / "hf", "7B")
     options = preprocess._parser().parse_args(planned("pretraining-dataset", PREPROCESSING)["command"][3:])
-    assert (options.input, options.json_keys, options.append_eod) == ("/mnt/corpus.jsonl", ["text"], True)
+    assert (options.input, options.json_keys, options.append_eod) == (["/mnt/corpus.jsonl"], ["text"], True)

@@ -101,12 +101,6 @@ def test_what_is_not_built_says_so(refused, change, what):
     assert "not built yet; use " in message
 
 
-@pytest.mark.parametrize(("name", "text"), [("MP_SFT_PACKING", "true")])
-def test_a_variable_whose_capability_is_not_built_says_so(refused, monkeypatch, name, text):
-    monkeypatch.setenv(name, text)
-    assert f"environment variable {name} is {text}: " in refused("mistral", PRETRAINING)
-
-
 @pytest.mark.parametrize(
     ("name", "text"), [("MP_DATASET_TYPE", "json"), ("MP_VP", "-1"), ("MP_SFT_PACKING", "2"), ("MP_DRY_RUN", "maybe")]
 )
@@ -219,8 +213,8 @@ def test_a_python_without_torch_is_named(refused, monkeypatch, tmp_path):
 def test_preprocessing_refuses_an_unknown_tokenizer_and_missing_files(refused, tmp_path):
     message = refused("pretraining-dataset", ["/i", "mistralbpe", "text", "/o", "/l"])
     assert "argument 2 (TOKENIZER) is 'mistralbpe'; allowed: auto, MistralTokenizer" in message
-    assert "input '/mnt/corpus.jsonl' does not exist" in refused("pretraining-dataset", PREPROCESSING)
-    assert "is a directory; name one JSON-lines file" in refused(
+    assert "input '/mnt/corpus.jsonl' is no file" in refused("pretraining-dataset", PREPROCESSING)
+    assert f"input directory {str(tmp_path)!r} holds no .jsonl" in refused(
         "pretraining-dataset", [str(tmp_path), *PREPROCESSING[1:]]
     )
     assert "argument 6 (DATASET_NAME) is missing" in refused("pretraining-dataset", ["/i", "GPT2BPETokenizer", *"abc"])
