@@ -64,7 +64,7 @@ PREFIXES = {
 }
 
 PREPROCESSING: Table = (
-    Arg("INPUT_DATA_PATH", words, "a JSON-lines file"),
+    Arg("INPUT_DATA_PATH", words, "a file, a directory or a pattern of .jsonl, .json, .txt, .csv, .parquet …"),
     Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
     Arg("JSON_KEYS", keys, "the keys to tokenize, separated by spaces or commas"),
     Arg("OUTPUT_DATA_DIR", words, "the directory to write"),

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_patch.data import preprocess as module
 from megatron_patch.data.indexed import IndexedDataset
-from megatron_patch.data.preprocess import main, preprocess
+from megatron_patch.data.preprocess import Recipe, main, preprocess
 from megatron_patch.data.tokenizer import load_tokenizer
 
 TEXTS = ["def f(x):\n    return x", "", "é 世界 �", "    indented </s> text", "x" * 300]
@@ -50,7 +50,7 @@ def expected(tokenizer, texts, end=()):
 def test_documents_are_what_the_tokenizer_says(append_eod, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(module, "BYTES_PER_BATCH", 60)  # several batches
     source = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
-    (report,) = preprocess(source, f"{tmp_path}/out", tokenizer, append_eod=append_eod)
+    (report,) = preprocess([source], f"{tmp_path}/out", tokenizer, Recipe(append_eod=append_eod)).reports
     end = [tokenizer.eos_token_id] if append_eod else []
     assert report.prefix == f"{tmp_path}/out_text_document"
     written = documents(report.prefix)
@@ -61,7 +61,7 @@ def test_documents_are_what_the_tokenizer_says(append_eod, tmp_path, tokenizer, 
 def test_lists_of_texts_are_one_document_and_keys_are_files(tmp_path, tokenizer):
     records = [{"a": ["one", "two"], "b": "three"}, {"a": [], "b": "four"}]
     source = write_lines(tmp_path / "in.jsonl", records)
-    preprocess(source, f"{tmp_path}/new/out", tokenizer, ["a", "b"], append_eod=True)
+    preprocess([source], f"{tmp_path}/new/out", tokenizer, Recipe(["a", "b"], append_eod=True))
     end = [tokenizer.eos_token_id]
     assert documents(f"{tmp_path}/new/out_a_document") == [expected(tokenizer, ["one", "two"], end), []]
     assert documents(f"{tmp_path}/new/out_b_document") == [expected(tokenizer, [t], end) for t in ("three", "four")]
@@ -116,15 +116,18 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(tmp_path, tokenizer_d
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-@pytest.mark.parametrize("source", ["absent.jsonl", "."])
-def test_an_input_that_is_no_file_is_named(source, tmp_path, tokenizer_directory, capsys):
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("absent.jsonl", "is no file, no directory"), (".", "holds no .jsonl"), ("no-*.json", "no pattern")],
+)
+def test_an_input_that_names_nothing_is_named(source, told, tmp_path, tokenizer_directory, capsys):
     options = ["--output-prefix", f"{tmp_path}/out", "--tokenizer-model", str(tokenizer_directory)]
     assert main(["--input", f"{tmp_path}/{source}", *options]) == 1
-    assert "does not exist or is not a file" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_append_eod_needs_an_eos(tmp_path, tokenizer_directory):
     tokenizer = load_tokenizer(tokenizer_directory)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"--append-eod: the tokenizer in .* has no EOS token"):
-        preprocess(str(tmp_path / "in"), f"{tmp_path}/out", tokenizer, append_eod=True)
+        preprocess([tmp_path / "in"], f"{tmp_path}/out", tokenizer, Recipe(append_eod=True))
