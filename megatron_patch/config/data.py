@@ -17,6 +17,17 @@ class DataConfig:
     split: str = setting("train,valid,test shares of a dataset used for both training and validation", "99,1,0")
     seq_length: int = setting("tokens per sample")
     max_padding_length: int = setting("tokens per sample of a raw fine-tuning record, padding included")
+    sft_packing: bool = setting("several records per fine-tuning sample; they do not see each other", False)
+    dataloader_type: str = setting(
+        "order of .bin/.idx samples: single (as shuffled for the run), cyclic (shuffled anew each pass)",
+        "single",
+        choices=("single", "cyclic"),
+    )
+    reset_attention_mask: bool = setting(
+        "documents of a .bin/.idx sample do not see each other, and positions restart with each", False
+    )
+    reset_position_ids: bool = setting("the same as --reset-attention-mask: neither is done without the other", False)
+    eod_mask_loss: bool = setting("nothing is learned from what follows the end of a document", False)
     tokenizer_model: str | None = setting("tokenizer directory; absent: the checkpoint's own", None)
     trust_remote_code: bool = setting("let the tokenizer directory run its own Python code", False)
     prompt_type: str | None = setting("template of raw records; absent: the tokenizer's, else the family's", None)

@@ -31,6 +31,18 @@ class Sample(NamedTuple):
     starts: npt.NDArray | None = None
 
 
+class Documents(NamedTuple):
+    """What the end of a document, the token `eod`, means within a sample.
+
+    `are_apart`: a token does not see the documents before its own. Only distances between positions count in rotary
+    attention, so that positions restart with it. `is_end_masked`: what follows an end is not learned from it.
+    """
+
+    eod: int
+    are_apart: bool
+    is_end_masked: bool
+
+
 class Epochs(NamedTuple):
     """How often the documents are read, and how many samples come before a last epoch kept apart (0: none is)."""
 
@@ -66,8 +78,10 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         cache_path: str | None = None,
+        documents: Documents | None = None,
     ) -> None:
         self._indexed = indexed
+        self._documents = documents
         ids = np.arange(*sequences, dtype=np.int32)
         _check_enough(indexed, ids, num_samples, seq_length)
         key = {
@@ -88,7 +102,14 @@ class GPTDataset:
 
     def __getitem__(self, index: int) -> Sample:
         window = self._window(int(self.indices.shuffle[index]))
-        return Sample(window[:-1], window[1:], self._loss_mask.copy())
+        tokens, loss_mask, starts = window[:-1], self._loss_mask.copy(), None
+        if self._documents is not None:
+            is_end = tokens == self._documents.eod
+            if self._documents.is_end_masked:
+                loss_mask[is_end] = 0
+            if self._documents.are_apart:
+                starts = _starts(is_end)
+        return Sample(tokens, window[1:], loss_mask, starts)
 
     def _window(self, sample: int) -> npt.NDArray:
         """The seq_length + 1 tokens of one sample, int64."""
@@ -99,6 +120,14 @@ class GPTDataset:
             return get(documents[0], start, end - start + 1).astype(np.int64)
         parts = [get(documents[0], start), *map(get, documents[1:-1]), get(documents[-1], 0, end + 1)]
         return np.concatenate(parts, dtype=np.int64)
+
+
+def _starts(is_end: npt.NDArray) -> npt.NDArray:
+    """Where the document of each token begins, int64 [S]; an end belongs to the document that it ends."""
+    starts = np.zeros(len(is_end), np.int64)
+    begins = 1 + np.flatnonzero(is_end[:-1])
+    starts[begins] = begins
+    return np.maximum.accumulate(starts)
 
 
 def build_indices(

@@ -14,8 +14,22 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 # What makes a run another one, with the model's architecture: where its samples and its first weights come from.
 _COMPARED = ("family", "global_batch_size")
 _COMPARED_DATA = ("train_data_path", "dataset", "seed")
-_COMPARED_RECORDS = ("max_padding_length", "tokenizer_model", "prompt_type", "split")  # of raw data
-_COMPARED_TOKENS = ("seq_length", "split")
+_COMPARED_RECORDS = ("max_padding_length", "tokenizer_model", "prompt_type", "split", "sft_packing")  # of raw data
+_COMPARED_TOKENS = (
+    "seq_length",
+    "split",
+    "dataloader_type",
+    "reset_attention_mask",
+    "reset_position_ids",
+    "eod_mask_loss",
+)
+_BEFORE = {  # what the records of earlier versions do not say
+    "sft_packing": False,
+    "dataloader_type": "single",
+    "reset_attention_mask": False,
+    "reset_position_ids": False,
+    "eod_mask_loss": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +173,7 @@ def _read(directory: Path) -> Recorded:
 
 
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
-    data = run["data"]
+    data = {**_BEFORE, **run["data"]}
     names = _COMPARED_TOKENS if data["dataset"] == "MMAP" else _COMPARED_RECORDS
     if data["train_data_path"] != data["valid_data_path"]:
         names = tuple(name for name in names if name != "split")
