@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         summary = preprocess(paths, options.output_prefix, tokenizer, recipe)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)

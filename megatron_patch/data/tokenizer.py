@@ -1,14 +1,20 @@
 """Tokenizer directories: loading them offline, what they are known by, and their vocabulary against a model's."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_patch.data.sidecar import tokenizer_identity
+from megatron_patch.data.index_header import read_header
+from megatron_patch.data.sidecar import check_sidecar, tokenizer_identity
 
 SENTENCEPIECE = "tokenizer.model"
+SPACE = "\u2581"
+PROBE = "  Two  spaces,\n\n\ta ﬁne Å é 世界 ½ "
 # Any of these tells what a tokenizer.model beside it is.
 HUGGING_FACE = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
@@ -65,10 +71,38 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
+def check_datasets(prefixes: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Hold every `.bin/.idx` pair's sidecar against `tokenizer`; returns a note for each pair that has none.
+
+    Raises ValueError naming both tokenizers for a pair that another one made, and what `read_header` raises.
+    """
+    known_by = identity(tokenizer)
+    notes = (check_sidecar(read_header(prefix), known_by) for prefix in dict.fromkeys(prefixes))
+    return [note for note in notes if note]
+
+
 def _load(directory: Path, trust_remote_code: bool, use_fast: bool) -> PreTrainedTokenizerBase:
     name = os.fspath(directory)
     if (directory / SENTENCEPIECE).is_file() and not any((directory / file).is_file() for file in HUGGING_FACE):
-        return LlamaTokenizer.from_pretrained(name, local_files_only=True)
+        return _from_sentencepiece(directory)
     return AutoTokenizer.from_pretrained(
         name, trust_remote_code=trust_remote_code, use_fast=use_fast, local_files_only=True
     )
+
+
+def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
+    """The model as Llama's fast tokenizer, which puts a space in front of texts that begin with one, as the model does.
+
+    Raises ValueError for a model whose text rules are not Llama's: only its own files could tell them.
+    """
+    tokenizer = LlamaTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+    spaces = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    ids = SentencePieceProcessor(os.fspath(directory / SENTENCEPIECE)).encode(PROBE)
+    if tokenizer.encode(PROBE, add_special_tokens=False) != ids:
+        raise ValueError(
+            f"{SENTENCEPIECE} alone does not say how it treats spaces and characters; save it with its "
+            "tokenizer_config.json or tokenizer.json"
+        )
+    return tokenizer
