@@ -71,13 +71,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-def check_datasets(prefixes: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Hold every `.bin/.idx` pair's sidecar against `tokenizer`; returns a note for each pair that has none.
+def check_datasets(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Hold the sidecars of all `.bin/.idx` prefixes among `words` against `tokenizer`; a note for each without one.
 
-    Raises ValueError naming both tokenizers for a pair that another one made, and what `read_header` raises.
+    Raises ValueError naming both tokenizers for a pair that another one made, and what `read_header` raises. Words that
+    are no prefix of a pair, weights for one, are whoever opens them's.
     """
     known_by = identity(tokenizer)
-    notes = (check_sidecar(read_header(prefix), known_by) for prefix in dict.fromkeys(prefixes))
+    prefixes = (word for word in dict.fromkeys(words) if Path(f"{word}.idx").is_file())
+    notes = (check_sidecar(read_header(prefix), known_by) for prefix in prefixes)
     return [note for note in notes if note]
 
 
