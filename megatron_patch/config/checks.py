@@ -319,6 +319,10 @@ def _inputs(run: RunConfig) -> Iterator[Rule]:
         "without a checkpoint to load, --tokenizer-model must name the tokenizer's directory",
     )
     yield (
-        run.data.dataset == "MMAP" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
+        run.data.dataset != "JSON-SFT" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
         "raw records come from one JSON file each for training and validation",
+    )
+    yield (
+        run.data.dataset != "MMAP" or not run.data.sft_packing,
+        "sft_packing is for fine-tuning data, and dataset MMAP is for pre-training; leave --sft-packing out",
     )

@@ -12,7 +12,9 @@ class DataConfig:
     train_data_path: tuple[str, ...] = setting("one prefix, or `weight prefix weight prefix …`; raw: one JSON file")
     valid_data_path: tuple[str, ...] = setting("the same for validation; equal to training: --split divides it")
     dataset: str = setting(
-        "MMAP: .bin/.idx prefixes; JSON-SFT: raw instruction records", "MMAP", choices=("MMAP", "JSON-SFT")
+        "MMAP: .bin/.idx prefixes; MMAP-SFT: those of fine-tuning samples; JSON-SFT: raw instruction records",
+        "MMAP",
+        choices=("MMAP", "MMAP-SFT", "JSON-SFT"),
     )
     split: str = setting("train,valid,test shares of a dataset used for both training and validation", "99,1,0")
     seq_length: int = setting("tokens per sample")

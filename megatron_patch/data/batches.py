@@ -14,9 +14,10 @@ from megatron_patch.data.blend import SampleDataset
 from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.gpt import Sample
 from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.order import Order, repeated, shuffled, usable
+from megatron_patch.data.order import Order, in_turn, repeated, shuffled, usable
 from megatron_patch.data.packing import PackedDataset
 from megatron_patch.data.pretraining import open_indexed
+from megatron_patch.data.sft_index import open_samples
 from megatron_patch.data.tokenizer import vocabulary_size
 
 
@@ -154,6 +155,8 @@ def _open(
     words = config.train_data_path if split == "train" else config.valid_data_path
     if config.dataset == "MMAP":
         return open_indexed(config, split, num_samples, tokenizer.eos_token_id)
+    if config.dataset == "MMAP-SFT":
+        return open_samples(config, split, num_samples, tokenizer.eos_token_id), in_turn
     if len(words) != 1:
         raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
     renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)

@@ -1,6 +1,6 @@
 """Which records share a sample: first-fit over a window of samples that are still open."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy.typing as npt
 
@@ -19,7 +19,7 @@ class PackedDataset:
 
     def __init__(self, records: InstructionDataset, order: npt.NDArray) -> None:
         self._records = records
-        rows = pack([records.tokens(int(number)) for number in order], records.length)
+        rows = pack((records.tokens(int(number)) for number in order), records.length)
         self._rows = [[int(order[place]) for place in row] for row in rows]
 
     def __len__(self) -> int:
@@ -29,25 +29,29 @@ class PackedDataset:
         return self._records.joined(self._rows[index])
 
 
-def pack(sizes: Sequence[int], capacity: int, window: int = WINDOW) -> list[list[int]]:
+def pack(sizes: Iterable[int], capacity: int, window: int = WINDOW) -> Iterator[list[int]]:
     """The places in `sizes` of what each row holds; no row exceeds `capacity`, which is at least the largest size.
 
-    Each goes into the first open row with room for it, else into a new one. When `window` rows are open, the fullest
-    is closed first, so that what has been read of the data is enough to know its first rows.
+    Each goes into the first open row with room for it, else into a new one. A full row is given out at once, the
+    fullest when `window` rows are open and another is needed, the rest at the end.
     """
     rows: list[list[int]] = []
-    open_rows: list[int] = []
     room: list[int] = []
     for place, size in enumerate(sizes):
-        fit = next((k for k, left in enumerate(room) if left >= size), None)
+        fit = next((number for number, left in enumerate(room) if left >= size), None)
         if fit is None:
             if len(room) == window:
-                fullest = room.index(min(room))
-                del room[fullest], open_rows[fullest]
+                yield _close(rows, room, room.index(min(room)))
             fit = len(room)
-            open_rows.append(len(rows))
-            room.append(capacity)
             rows.append([])
-        rows[open_rows[fit]].append(place)
+            room.append(capacity)
+        rows[fit].append(place)
         room[fit] -= size
-    return rows
+        if not room[fit]:
+            yield _close(rows, room, fit)
+    yield from rows
+
+
+def _close(rows: list[list[int]], room: list[int], number: int) -> list[int]:
+    del room[number]
+    return rows.pop(number)

@@ -131,14 +131,15 @@ def run_name(request: Request, family: str, train_iters: int, warmup_iters: int)
 
 def _data(v: Mapping[str, Any]) -> DataConfig:
     is_raw = v["MP_DATASET_TYPE"] == "raw"
-    train, valid = ((v[name],) if is_raw else split_words(v[name]) for name in ("DATASET_PATH", "VALID_DATASET_PATH"))
+    named = (("DATASET_PATH", "train"), ("VALID_DATASET_PATH", "valid"))
+    train, valid = ((v[name],) if is_raw else split_words(v[name], split) for name, split in named)
     return DataConfig(
         train_data_path=train,
         valid_data_path=valid,
-        dataset="JSON-SFT" if is_raw else "MMAP",
+        dataset="JSON-SFT" if is_raw else "MMAP-SFT" if v["SFT"] else "MMAP",
         seq_length=v["SEQ_LEN"],
         max_padding_length=v["PAD_LEN"],
-        sft_packing=v["MP_SFT_PACKING"] and is_raw,
+        sft_packing=v["MP_SFT_PACKING"] and v["SFT"],
     )
 
 

@@ -15,6 +15,7 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 _COMPARED = ("family", "global_batch_size")
 _COMPARED_DATA = ("train_data_path", "dataset", "seed")
 _COMPARED_RECORDS = ("max_padding_length", "tokenizer_model", "prompt_type", "split", "sft_packing")  # of raw data
+_COMPARED_SAMPLES = ("seq_length", "split", "sft_packing")  # of fine-tuning data in .bin/.idx
 _COMPARED_TOKENS = (
     "seq_length",
     "split",
@@ -174,7 +175,7 @@ def _read(directory: Path) -> Recorded:
 
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
     data = {**_BEFORE, **run["data"]}
-    names = _COMPARED_TOKENS if data["dataset"] == "MMAP" else _COMPARED_RECORDS
+    names = {"MMAP": _COMPARED_TOKENS, "MMAP-SFT": _COMPARED_SAMPLES}.get(data["dataset"], _COMPARED_RECORDS)
     if data["train_data_path"] != data["valid_data_path"]:
         names = tuple(name for name in names if name != "split")
     return {

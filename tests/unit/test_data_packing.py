@@ -81,7 +81,7 @@ def stream(batches):
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 25), st.integers(1, 8))
 def test_every_record_is_in_one_row_and_no_row_is_too_long(sizes, capacity, window):
-    rows = pack(sizes, capacity, window)
+    rows = list(pack(sizes, capacity, window))
     assert sorted(place for row in rows for place in row) == list(range(len(sizes)))
     assert all(row == sorted(row) and sum(sizes[place] for place in row) <= capacity for row in rows)
 
@@ -96,12 +96,12 @@ def test_within_the_window_it_is_first_fit(sizes):
             sums.append(0)
         rows[fit].append(place)
         sums[fit] += size
-    assert pack(sizes, 20, window=64) == rows
+    assert sorted(pack(sizes, 20, window=64)) == sorted(rows)
 
 
 def test_a_row_beyond_the_window_is_closed():
-    assert pack([8, 5, 9, 2, 1], 10, window=2) == [[0], [1, 3, 4], [2]]
-    assert pack([8, 5, 9, 2, 1], 10, window=3) == [[0, 3], [1, 4], [2]]
+    assert list(pack([8, 5, 9, 2, 1], 10, window=2)) == [[0], [1, 3, 4], [2]]
+    assert list(pack([8, 5, 9, 2, 1], 10, window=3)) == [[0, 3], [1, 4], [2]]
 
 
 def test_a_packed_row_holds_its_records_as_they_are_alone(config, tokenizer):
