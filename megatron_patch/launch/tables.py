@@ -99,6 +99,6 @@ LAUNCHERS = {
     ),
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
-    **DATASET_TOOLS,
     **CONVERTERS,
+    **DATASET_TOOLS,
 }
