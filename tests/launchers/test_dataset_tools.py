@@ -116,12 +116,13 @@ def test_several_inputs_and_keys_reach_the_command(planned):
     assert plan["warnings"][0].startswith("input 'a' is no file")
 
 
-def test_merging_is_planned_and_done(planned, workplace):
+def test_merging_is_planned_and_done(planned, workplace, capsys):
     arguments = shlex.split(MIXTRAL_TRAIN)
     for number, name in enumerate(("encoded/9", "encoded/10")):
         given = [*arguments, "--recursive"]
         given[1], given[3] = f"data/common_crawl/{number}.jsonl", name
         assert run(planned, "preprocess-data", preprocess, given) == 0
+        capsys.readouterr()
     assert run(planned, "merge-datasets", merge, ["--input", "encoded", "--output-prefix", "encoded/all"]) == 0
     ids = load_tokenizer("model_from_hf/Mistral").convert_tokens_to_ids
     assert documents("encoded/all") == [ids(["<s>", text, "19", "</s>"]) for text in "01"]
