@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.data.index_cache import cached, file_state
+from megatron_patch.data.index_cache import cached, content
 from megatron_patch.data.indexed import IndexedDataset
 
 # With less than this share of the last epoch needed, its documents are shuffled apart from the full epochs'.
@@ -85,8 +85,11 @@ class GPTDataset:
         ids = np.arange(*sequences, dtype=np.int32)
         _check_enough(indexed, ids, num_samples, seq_length)
         key = {
-            "files": [indexed.prefix, *file_state(indexed.prefix)],
-            "order": [*sequences, num_samples, seq_length, seed],
+            "lengths": content(indexed.sequence_lengths[slice(*sequences)]),
+            "first": sequences[0],
+            "num_samples": num_samples,
+            "seq_length": seq_length,
+            "seed": seed,
         }
         self.indices = SampleIndices(
             *cached(
