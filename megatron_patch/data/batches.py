@@ -160,7 +160,9 @@ def _open(
     if len(words) != 1:
         raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
     renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
-    dataset = InstructionDataset(words[0], tokenizer, renderer, length=config.max_padding_length)
+    dataset = InstructionDataset(
+        words[0], tokenizer, renderer, length=config.max_padding_length, cache_path=config.data_cache_path
+    )
     if dataset.skipped and is_loud:
         logging.getLogger(__name__).warning(
             "%s: %d of %d records left out, their prompts alone are longer than %d tokens",

@@ -33,7 +33,11 @@ def resolve_renderer(prompt_type: str | None, tokenizer: Any, family_prompt: str
     if prompt_type is not None or not tokenizer.chat_template:
         return resolve_prompt(prompt_type or family_prompt, tokenizer)
     habits = _find_habits(tokenizer)
-    return Renderer(lambda conversation: _render(tokenizer, habits, conversation), adds_special_tokens=False)
+    return Renderer(
+        lambda conversation: _render(tokenizer, habits, conversation),
+        adds_special_tokens=False,
+        template=f"{tokenizer.chat_template} {tokenizer.special_tokens_map}",
+    )
 
 
 def _render(tokenizer: Any, habits: _Habits, conversation: Conversation) -> Rendered:

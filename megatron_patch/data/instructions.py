@@ -1,9 +1,10 @@
 """Fine-tuning samples from raw JSON records: rendered once, tokenised once, learned where the answers stand."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,11 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.gpt import Sample
+from megatron_patch.data.index_cache import cached
 from megatron_patch.data.json_lines import Record, read_records
 from megatron_patch.data.prompts import Rendered, Renderer
 from megatron_patch.data.records import conversation
+from megatron_patch.data.sidecar import describe_source
 
 RECORDS_PER_CALL = 1024
 
@@ -29,24 +32,25 @@ class InstructionDataset:
     """Samples of `length` tokens, one per record, padded at the end; loss on the answers and their end markers only.
 
     Longer records are truncated. Records whose prompt leaves no room for an answer token are left out and counted in
-    `skipped`. Raises ValueError for a malformed record (naming file and place) and when no record remains.
+    `skipped`. With a `cache_path` one process of a node tokenises a file, and all map the same tokens; the same file,
+    tokenizer, template and length are not tokenised again. Raises ValueError for a malformed record (naming file and
+    place) and when no record remains.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer, *, length: int
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerFast,
+        renderer: Renderer,
+        *,
+        length: int,
+        cache_path: str | None = None,
     ) -> None:
         self.length, self.pad = length, pad_id(tokenizer)
-        records, self.skipped = [], 0
-        for record in tokenised(path, tokenizer, renderer):
-            cut = Tokenised(*(part[: length + 1] for part in record))  # the extra token is the last label
-            if cut.learned[1:].any():
-                records.append(cut)
-            else:
-                self.skipped += 1
-        if not records:
-            raise ValueError(nothing_left(path, self.skipped, length))
-        self._bounds = np.cumsum([0, *(len(record.ids) for record in records)])
-        self._ids, self._learned = (np.concatenate(parts) for parts in zip(*records, strict=True))
+        key = {} if cache_path is None else _key(path, tokenizer, renderer, length)
+        arrays = cached(cache_path, key, lambda: _gathered(path, tokenizer, renderer, length))
+        self._ids, self._learned, self._bounds, skipped = arrays
+        self.skipped = int(skipped)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -72,6 +76,33 @@ class InstructionDataset:
             begin = end
         starts[begin:] = begin
         return Sample(tokens, labels, loss_mask, starts)
+
+
+def _key(
+    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer, length: int
+) -> dict[str, Any]:
+    """All that the tokens of a file depend on."""
+    texts = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": renderer.template}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return {"records": describe_source(path)["sha256"], **digests, "length": length}
+
+
+def _gathered(
+    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer, length: int
+) -> tuple[npt.NDArray, ...]:
+    """Ids, what is learned of them, the bounds of the records in both, and how many were left out."""
+    records, skipped = [], 0
+    for record in tokenised(path, tokenizer, renderer):
+        cut = Tokenised(*(part[: length + 1] for part in record))  # the extra token is the last label
+        if cut.learned[1:].any():
+            records.append(cut)
+        else:
+            skipped += 1
+    if not records:
+        raise ValueError(nothing_left(path, skipped, length))
+    bounds = np.cumsum([0, *(len(record.ids) for record in records)])
+    ids, learned = (np.concatenate(parts) for parts in zip(*records, strict=True))
+    return ids, learned, bounds, np.array(skipped)
 
 
 def tokenised(

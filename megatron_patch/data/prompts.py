@@ -92,10 +92,14 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns a conversation into text. `adds_special_tokens`: the tokenizer puts its own (BOS) around that text."""
+    """Turns a conversation into text. `adds_special_tokens`: the tokenizer puts its own (BOS) around that text.
+
+    `template` is all that the rendering depends on, as text: renderers of the same one render the same.
+    """
 
     render: Callable[[Conversation], Rendered]
     adds_special_tokens: bool
+    template: str
 
 
 def resolve_prompt(name: str, tokenizer: Any) -> Renderer:
@@ -110,7 +114,11 @@ def resolve_prompt(name: str, tokenizer: Any) -> Renderer:
             f"{tokenizer.name_or_path!r}; choose another with --prompt-type, or add the token"
         )
     marks = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token}
-    return Renderer(lambda conversation: _render(prompt, conversation, marks), adds_special_tokens=True)
+    return Renderer(
+        lambda conversation: _render(prompt, conversation, marks),
+        adds_special_tokens=True,
+        template=f"{prompt} {marks}",
+    )
 
 
 def ask(prompt: Prompt, question: str, input: str = "", system: str | None = None, bos: str = "") -> str:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from megatron_patch.data import instructions
 from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.instructions import InstructionDataset
+from megatron_patch.data.json_lines import read_records
 from megatron_patch.data.prompts import PROMPTS, Conversation, Rendered, Renderer, Turn, ask
 from megatron_patch.data.tokenizer import load_tokenizer
 
@@ -135,7 +137,7 @@ def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_i
     text, path = "def return", tmp_path / "records.json"
     path.write_text('[{"instruction": "q", "output": "a"}]')
     renderer = Renderer(
-        lambda record: Rendered(text, ((text.index("return") + 3, len(text)),)), adds_special_tokens=True
+        lambda record: Rendered(text, ((text.index("return") + 3, len(text)),)), adds_special_tokens=True, template=""
     )
     sample = InstructionDataset(path, tokenizer, renderer, length=16)[0]
     assert tokenizer.convert_ids_to_tokens(sample.tokens[:4]) == ["<s>", "▁def", "▁return", "</s>"]
@@ -223,3 +225,35 @@ def test_text_that_is_not_utf8_is_named(tmp_path, tokenizer):
 def test_a_missing_file_is_named(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"absent\.json does not exist"):
         InstructionDataset(tmp_path / "absent.json", tokenizer, resolve_renderer(None, tokenizer, "empty"), length=64)
+
+
+def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_path, tokenizer, monkeypatch):
+    path, cache = tmp_path / "records.json", str(tmp_path / "cache")
+    path.write_text(json.dumps(RECORDS))
+    read = []
+
+    def noted(path):
+        read.append(path)
+        return read_records(path)
+
+    monkeypatch.setattr(instructions, "read_records", noted)
+
+    def opened(prompt_type="mistral", length=256):
+        renderer = resolve_renderer(prompt_type, tokenizer, "mistral")
+        return InstructionDataset(path, tokenizer, renderer, length=length, cache_path=cache)
+
+    first, again = opened(), opened()
+    assert len(read) == 1
+    for number in range(len(first)):
+        assert all((one == other).all() for one, other in zip(first[number][:3], again[number][:3], strict=True))
+    plain = InstructionDataset(path, tokenizer, resolve_renderer("mistral", tokenizer, "mistral"), length=256)
+    assert [plain.tokens(number) for number in range(5)] == [again.tokens(number) for number in range(5)]
+    read.clear()
+    short = opened(length=22)
+    assert short.skipped == opened(length=22).skipped == len(RECORDS) - len(short) > 0
+    opened("empty")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    opened()
+    path.write_text(json.dumps(RECORDS[:2]))
+    assert len(opened()) == 2
+    assert len(read) == 4
