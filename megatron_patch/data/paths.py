@@ -64,10 +64,12 @@ def _shell_words(text: str, name: str, *, comments: bool = False) -> tuple[str, 
 def parse_blend(words: Sequence[str]) -> list[Source]:
     """Words as sources: an even count whose every other word is a number is weights and prefixes, else all prefixes.
 
-    Raises ValueError when only some of those words are numbers, or a weight is not positive.
+    Raises ValueError when only some of those words are numbers, or a weight is not positive, or what should be a prefix
+    is a number and there is no dataset of that name.
     """
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 or all(weight is None for weight in weights):
+        _check_prefixes(words)
         return [Source(word) for word in words]
     if None in weights:
         stray = words[2 * weights.index(None)]
@@ -79,6 +81,15 @@ def parse_blend(words: Sequence[str]) -> list[Source]:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"dataset weight {word} of {' '.join(words)!r}: weights are positive numbers")
     return [Source(prefix, weight) for prefix, weight in zip(words[1::2], weights, strict=True)]
+
+
+def _check_prefixes(words: Sequence[str]) -> None:
+    for word in words:
+        if _number(word) is not None and not Path(f"{word}.idx").is_file():
+            raise ValueError(
+                f"dataset paths {' '.join(words)!r}: {word!r} stands where a prefix is expected; "
+                "write `weight prefix` for every dataset or for none"
+            )
 
 
 def _number(word: str) -> float | None:

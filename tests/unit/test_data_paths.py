@@ -10,7 +10,6 @@ from megatron_patch.data.paths import Source, parse_blend, split_words
     [
         (["a"], [Source("a")]),
         (["a", "b"], [Source("a"), Source("b")]),
-        (["0.5", "a", "0.5"], [Source("0.5"), Source("a"), Source("0.5")]),
         (["30", "a", "7e1", "b"], [Source("a", 30.0), Source("b", 70.0)]),
         (["1", "a"], [Source("a", 1.0)]),
     ],
@@ -27,11 +26,19 @@ def test_paths_are_prefixes_or_weights_and_prefixes(words, sources):
         (["0", "p", "1", "q"], "weight 0 of"),
         (["-1", "p"], "weight -1 of"),
         (["nan", "p"], "weight nan of"),
+        (["0.5", "p", "q"], "'0.5' stands where a prefix is expected"),
+        (["p", "0.5"], "'0.5' stands where a prefix is expected"),
     ],
 )
 def test_half_a_blend_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
         parse_blend(words)
+
+
+def test_a_dataset_may_be_named_by_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "7.idx").touch()
+    assert parse_blend(["7", "a", "b"]) == [Source("7"), Source("a"), Source("b")]
 
 
 def test_an_existing_prefix_with_spaces_is_one_word(tmp_path):
