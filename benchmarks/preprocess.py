@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import islice
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,6 @@ def train_tokenizer(source: Path, directory: Path, vocabulary: int) -> None:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    load_tokenizer(directory).save_pretrained(directory)
 
 
 def start(way: str, source: Path, directory: Path, workers: int) -> dict[str, float]:
@@ -156,29 +156,37 @@ def ours(source: Path, directory: str, output: str, workers: int) -> float:
 def megatron(source: Path, directory: str, output: str, workers: int) -> float:
     """A line at a time over a pool of processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with get_context("spawn").Pool(workers) as pool, source.open("rb") as file:
-        encode = partial(encode_line, f"{directory}/tokenizer.json")
-        pool.map(encode, [b'{"text": "warm"}'] * 64, chunksize=1)
+    context = get_context("spawn")
+    ready = context.Barrier(workers + 1)
+    with context.Pool(workers, prepare, (directory, ready)) as pool, source.open("rb") as file:
+        ready.wait()
         begin = time.perf_counter()
         with IndexedDatasetBuilder(f"{output}_text_document", "uint16") as builder:
-            for ids in pool.imap(encode, file, LINES_PER_TASK):
+            for ids in pool.imap(partial(encode_line, directory), file, LINES_PER_TASK):
                 builder.add(np.array(ids, np.int64), [len(ids)] if ids else [], [int(bool(ids))])
         return time.perf_counter() - begin
 
 
-def encode_line(tokenizer_file: str, line: bytes) -> list[int]:
+def prepare(directory: str, ready: Barrier) -> None:
+    """Load a worker's tokenizer, and wait for the other workers."""
+    loaded(directory)
+    ready.wait()
+
+
+def encode_line(directory: str, line: bytes) -> list[int]:
     """One line's ids."""
-    return _loaded(tokenizer_file).encode(json.loads(line)["text"], add_special_tokens=False).ids
+    return loaded(directory).encode(json.loads(line)["text"], add_special_tokens=False).ids
 
 
 @cache
-def _loaded(tokenizer_file: str) -> Tokenizer:
-    return Tokenizer.from_file(tokenizer_file)
+def loaded(directory: str) -> Tokenizer:
+    """The tokenizer below transformers' own, which is what encodes."""
+    return load_tokenizer(directory).backend_tokenizer
 
 
 def tokenizers_alone(source: Path, directory: str, output: str, workers: int) -> float:
     """Only `encode_batch`, its results dropped."""
-    tokenizer, seconds = Tokenizer.from_file(f"{directory}/tokenizer.json"), 0.0
+    tokenizer, seconds = loaded(directory), 0.0
     with source.open("rb") as file:
         while lines := file.readlines(BYTES_PER_BATCH):
             texts = [json.loads(line)["text"] for line in lines]
