@@ -5,7 +5,7 @@ from megatron_patch.data.blend import SampleDataset, blended
 from megatron_patch.data.gpt import Documents, GPTDataset
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.order import Order, in_turn, shuffled, usable
-from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.paths import Source, parse_blend
 
 
 def open_indexed(config: DataConfig, split: str, num_samples: int, eod: int | None) -> tuple[SampleDataset, Order]:
@@ -29,7 +29,10 @@ def open_indexed(config: DataConfig, split: str, num_samples: int, eod: int | No
             documents=documents,
         )
 
-    dataset = blended(parse_blend(paths), make, num_samples, config.data_cache_path)
+    sources = parse_blend(paths)
+    if config.train_data_path != config.valid_data_path and len(sources) == 1:
+        sources = [Source(sources[0].prefix)]  # Megatron blends a single weighted dataset only where it divides it
+    dataset = blended(sources, make, num_samples, config.data_cache_path)
     is_cyclic = config.dataloader_type == "cyclic" and split == "train"
     return dataset, shuffled(0, len(dataset), config.seed) if is_cyclic else in_turn
 

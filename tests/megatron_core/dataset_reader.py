@@ -1,8 +1,9 @@
 """Megatron-Core's own datasets, asked over a pipe: one JSON request per line of stdin, one JSON answer per line.
 
-It imports nothing of megatron_patch. A request is `blend` (prefixes, and weights or null), `split`, `sizes` of
-train and valid, `seq_length`, `seed`, `eod`, and whether documents are `apart` and ends `masked`. The answer has, for
-each split that is not empty, its length and its first `items` samples and its last; or `error`.
+It imports nothing of megatron_patch. A request is `blend` (prefixes, and weights or null), `valid` (the same, where
+validation has data of its own) or `split`, `sizes` of train and valid, `seq_length`, `seed`, `eod`, and whether
+documents are `apart` and ends `masked`. The answer has, for each split that is not empty, its length and its first
+`items` samples and its last; or `error`.
 """
 
 import json
@@ -21,8 +22,7 @@ def answer(request: dict) -> list:
     config = GPTDatasetConfig(
         random_seed=request["seed"],
         sequence_length=request["seq_length"],
-        blend=tuple(request["blend"]),
-        split=request["split"],
+        **paths(request),
         path_to_cache="",
         tokenizer=SimpleNamespace(eod=request["eod"], pad=-1, vocab_size=None, unique_identifiers={}),
         reset_position_ids=request["apart"],
@@ -31,6 +31,13 @@ def answer(request: dict) -> list:
     )
     built = BlendedMegatronDatasetBuilder(GPTDataset, [*request["sizes"], 0], lambda: True, config).build()
     return [dataset and described(dataset, request["items"]) for dataset in built[:2]]
+
+
+def paths(request: dict) -> dict:
+    """One blend that is divided, or one of its own for each split."""
+    if request["valid"] is None:
+        return {"blend": tuple(request["blend"]), "split": request["split"]}
+    return {"blend_per_split": [tuple(request["blend"]), tuple(request["valid"]), None]}
 
 
 def described(dataset, items: int) -> dict:

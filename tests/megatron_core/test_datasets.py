@@ -97,6 +97,13 @@ def parts(sample):
     return [part.tolist() for part in (sample.tokens, sample.labels, sample.loss_mask, starts, positions)]
 
 
+def words(prefixes, weights):
+    """As a user writes them."""
+    if weights is None:
+        return tuple(prefixes)
+    return tuple(word for pair in zip(map(repr, weights), prefixes, strict=True) for word in pair)
+
+
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     blend=blends(),
@@ -104,19 +111,24 @@ def parts(sample):
     sizes=st.tuples(st.integers(1, 400), st.integers(1, 40)),
     seq_length=st.integers(2, 24),
     seed=st.integers(0, SEED_LIMIT),
+    has_own_validation=st.booleans(),
     apart=st.booleans(),
     masked=st.booleans(),
 )
-def test_samples_are_megatrons(megatron, tmp_path_factory, blend, split, sizes, seq_length, seed, apart, masked):
+def test_samples_are_megatrons(
+    megatron, tmp_path_factory, blend, split, sizes, seq_length, seed, has_own_validation, apart, masked
+):
     directory = tmp_path_factory.mktemp(uuid.uuid4().hex[:8])
     corpora, weights = blend
     prefixes = [str(directory / str(number)) for number in range(len(corpora))]
     for corpus, prefix in zip(corpora, prefixes, strict=True):
         corpus.write(prefix)
-    words = prefixes if weights is None else [w for p in zip(map(repr, weights), prefixes, strict=True) for w in p]
+    blend = [prefixes, weights]
+    valid = [prefixes[-1:], weights and weights[-1:]] if has_own_validation else None
+    assume(valid != blend)
     config = DataConfig(
-        train_data_path=tuple(words),
-        valid_data_path=tuple(words),
+        train_data_path=words(*blend),
+        valid_data_path=words(*(valid or blend)),
         split=split,
         seq_length=seq_length,
         max_padding_length=seq_length,
@@ -129,7 +141,7 @@ def test_samples_are_megatrons(megatron, tmp_path_factory, blend, split, sizes, 
     except ValueError as error:  # too little data, on which Megatron-Core would loop for ever or divide by zero
         event(str(error)[:7])
         assume(False)
-    request = {"blend": [prefixes, weights], "split": split, "sizes": sizes, "seq_length": seq_length, "seed": seed}
+    request = {"blend": blend, "valid": valid, "split": split, "sizes": sizes, "seq_length": seq_length, "seed": seed}
     reply = megatron(request | {"apart": apart, "masked": masked, "eod": EOD, "items": ITEMS})
     assert "error" not in reply, reply["error"]
     for one, other in zip(mine, reply["splits"], strict=True):
