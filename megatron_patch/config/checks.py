@@ -60,6 +60,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (run.checkpoint, "keep_last"),
+        (run.data, "show_samples"),
         (run.memory, "cpu_offloading_num_layers"),
     )
     yield from _each_in_range(at_least_one, at_least_zero, ((optimizer, "adam_eps"),))
@@ -325,4 +326,8 @@ def _inputs(run: RunConfig) -> Iterator[Rule]:
     yield (
         run.data.dataset != "MMAP" or not run.data.sft_packing,
         "sft_packing is for fine-tuning data, and dataset MMAP is for pre-training; leave --sft-packing out",
+    )
+    yield (
+        run.data.dataset == "JSON-SFT" or not run.data.show_samples,
+        "show_samples is of raw records; .bin/.idx samples are shown by the command that makes them",
     )

@@ -1,6 +1,5 @@
 """What training consumes: micro-batches of one data-parallel rank, dealt as Megatron deals them."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.blend import SampleDataset
-from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.gpt import Sample
-from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.order import Order, in_turn, repeated, shuffled, usable
-from megatron_patch.data.packing import PackedDataset
+from megatron_patch.data.order import Order, in_turn
 from megatron_patch.data.pretraining import open_indexed
+from megatron_patch.data.raw import open_records
 from megatron_patch.data.sft_index import open_samples
 from megatron_patch.data.tokenizer import vocabulary_size
 
@@ -152,27 +149,8 @@ def _open(
     *,
     is_loud: bool,
 ) -> tuple[SampleDataset, Order]:
-    words = config.train_data_path if split == "train" else config.valid_data_path
     if config.dataset == "MMAP":
         return open_indexed(config, split, num_samples, tokenizer.eos_token_id)
     if config.dataset == "MMAP-SFT":
         return open_samples(config, split, num_samples, tokenizer.eos_token_id), in_turn
-    if len(words) != 1:
-        raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
-    renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
-    dataset = InstructionDataset(
-        words[0], tokenizer, renderer, length=config.max_padding_length, cache_path=config.data_cache_path
-    )
-    if dataset.skipped and is_loud:
-        logging.getLogger(__name__).warning(
-            "%s: %d of %d records left out, their prompts alone are longer than %d tokens",
-            words[0], dataset.skipped, dataset.skipped + len(dataset), config.max_padding_length,
-        )  # fmt: skip
-    first, last = usable(config, words[0], split, len(dataset))
-    if config.sft_packing:
-        numbers = np.arange(first, last)
-        if split == "train":  # neighbours in the file should not always meet
-            np.random.default_rng(config.seed).shuffle(numbers)
-        dataset = PackedDataset(dataset, numbers)
-        first, last = 0, len(dataset)
-    return dataset, shuffled(first, last, config.seed) if split == "train" else repeated(first, last)
+    return open_records(config, tokenizer, split, family_prompt, is_loud=is_loud)

@@ -67,6 +67,12 @@ def test_records_and_the_samples_made_of_them_train_alike(fine_tuning):
     assert len(set(raw)) == 4
 
 
+def test_raw_records_are_shown_as_the_run_will_learn_them(fine_tuning, capsys):
+    run = fine_tuning("raw", "JSON-SFT", sft_packing=True)
+    train(dataclasses.replace(run, train_iters=1, data=dataclasses.replace(run.data, show_samples=2)), single_process())
+    assert capsys.readouterr().out.startswith("<s> [INST] n0 [/INST]⟦ </s>⟧\n\n<s> [INST] n1 [/INST]⟦ yes </s>⟧\n\n")
+
+
 @pytest.mark.parametrize("dataset", ["JSON-SFT", "MMAP-SFT"])
 def test_a_packed_run_that_was_stopped_goes_on_as_if_it_had_not(dataset, fine_tuning):
     whole = losses(fine_tuning("whole", dataset, sft_packing=True))
