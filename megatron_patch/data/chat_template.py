@@ -81,7 +81,14 @@ def _find_habits(tokenizer: Any) -> _Habits:
             f"the chat template in {tokenizer.name_or_path!r} answers differently from how it asks: its generation "
             f"prompt does not begin the conversation; name a template with --prompt-type ({', '.join(PROMPTS)})"
         )
-    return _Habits(spaced == bare, before[len(prompt) :], after.rstrip() or tokenizer.eos_token, after)
+    return _Habits(spaced == bare, before[len(prompt) :], _end(tokenizer, after), after)
+
+
+def _end(tokenizer: Any, tail: str) -> str:
+    """Of what follows the last answer the part that ends it, without what some templates ask next in any case."""
+    added = [tokenizer.eos_token] if tokenizer.eos_token in tail else [*tokenizer.get_added_vocab()]
+    ends = [tail.index(token) + len(token) for token in added if token in tail]
+    return tail[: min(ends)] if ends else tail.rstrip() or tokenizer.eos_token
 
 
 def _mark(number: int) -> str:

@@ -92,6 +92,16 @@ def test_every_answer_of_a_trimming_template_ends_with_its_own_marker(tmp_path, 
     assert runs == ["spaced<|im_end|>", "has <|im_end|> in it<|im_end|>"]
 
 
+def test_what_a_template_asks_after_the_last_answer_is_not_learned(tmp_path, chatty):
+    """Llama 3's first template ends every conversation with the beginning of another answer."""
+    chatty.chat_template = (
+        "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+        "{{ message.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    )
+    sample = sample_of(tmp_path, chatty, openai([("q", "one"), ("r", "two")]))
+    assert [chatty.decode(run) for run in learned_runs(sample)] == ["one<|eot_id|>", "two<|eot_id|>"]
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_template_learns_the_answers_and_their_end(name, tmp_path, chatty):
     chatty.pad_token = chatty.eos_token
