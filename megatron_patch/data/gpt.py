@@ -16,7 +16,7 @@ from megatron_patch.data.indexed import IndexedDataset
 # With less than this share of the last epoch needed, its documents are shuffled apart from the full epochs'.
 FINAL_EPOCH_THRESHOLD = 0.80
 # Documents looked at together: what is held besides the result stays small however many samples there are.
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 
 
 class Sample(NamedTuple):
