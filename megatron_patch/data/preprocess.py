@@ -285,16 +285,21 @@ def _description(
     )
 
 
-def _progress(items: Iterable[tuple[Texts, Item]], files: list[Path]) -> Iterator[tuple[Texts, Item]]:
+def _progress(
+    items: Iterable[tuple[Texts, list[list[list[int]]]]], files: list[Path]
+) -> Iterator[tuple[Texts, list[list[list[int]]]]]:
     """`items`, with a bar on a terminal."""
     total = sum(path.stat().st_size for path in files)
-    documents = 0
+    documents = tokens = 0
+    started = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc=files[0].name) as bar:
-        for texts, item in items:
-            documents += len(next(iter(texts.by_key.values())))
+        for texts, columns in items:
+            documents += len(columns[0])
+            tokens += sum(len(ids) for column in columns for ids in column)
+            rate = tokens / (time.perf_counter() - started)
             bar.update(texts.read - bar.n)
-            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-            yield texts, item
+            bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+            yield texts, columns
 
 
 def _counted(skipped: Counter[str]) -> str:
