@@ -102,6 +102,14 @@ def test_what_a_template_asks_after_the_last_answer_is_not_learned(tmp_path, cha
     assert [chatty.decode(run) for run in learned_runs(sample)] == ["one<|eot_id|>", "two<|eot_id|>"]
 
 
+def test_an_answer_that_its_template_does_not_end_is_learned_alone(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\n' }}{% endfor %}"
+    )
+    sample = sample_of(tmp_path, tokenizer, openai([("q", "one"), ("r", "two")]))
+    assert [tokenizer.decode(run) for run in learned_runs(sample)] == ["assistant: one", "assistant: two</s>"]
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_template_learns_the_answers_and_their_end(name, tmp_path, chatty):
     chatty.pad_token = chatty.eos_token
