@@ -25,7 +25,8 @@
 #   25 WARMUP_TOKENS_OR_ITERS    the same, for warm-up
 #   26 OUTPUT_BASEPATH     directory for checkpoints and logs
 #
-# MP_DRY_RUN=1 prints the plan and starts nothing. MP_DATASET_TYPE=raw reads JSON records (SFT=true).
+# MP_DRY_RUN=1 prints the plan and starts nothing. MP_DATASET_TYPE=raw reads JSON records (SFT=true); without it
+# fine-tuning reads what run_build_idxmap_sft_dataset.sh writes. MP_SFT_PACKING=true puts several records in a sample.
 # NPROC_PER_NODE sets the number of ranks; MP_VP layers per virtual stage, MP_PP0_LAYERS those of the first stage,
 # MP_AC_LAYERS those recomputed or offloaded together.
 #

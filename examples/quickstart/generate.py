@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.instructions import INSTRUCTION
-from megatron_patch.data.prompts import PROMPTS
+from megatron_patch.data.prompts import PROMPTS, ask
 
 QUESTIONS = ("def read(self, size=-1):\nRead and return", "def is_valid(name):\nReturn True if")
 SOURCE = "class Error(Exception):\n"
@@ -15,8 +15,7 @@ SOURCE = "class Error(Exception):\n"
 
 def prompts() -> list[str]:
     """Questions as fine-tuning asked them, and the beginning of a source file as pre-training saw it."""
-    asked = PROMPTS["mistral"]
-    questions = [asked.with_input.format(instruction=INSTRUCTION, input=question) for question in QUESTIONS]
+    questions = [ask(PROMPTS["mistral"], INSTRUCTION, question) for question in QUESTIONS]
     return [*questions, SOURCE]
 
 

@@ -60,6 +60,7 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (run.checkpoint, "keep_last"),
+        (run.data, "show_samples"),
         (run.memory, "cpu_offloading_num_layers"),
     )
     yield from _each_in_range(at_least_one, at_least_zero, ((optimizer, "adam_eps"),))
@@ -319,6 +320,14 @@ def _inputs(run: RunConfig) -> Iterator[Rule]:
         "without a checkpoint to load, --tokenizer-model must name the tokenizer's directory",
     )
     yield (
-        run.data.dataset == "MMAP" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
+        run.data.dataset != "JSON-SFT" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
         "raw records come from one JSON file each for training and validation",
+    )
+    yield (
+        run.data.dataset != "MMAP" or not run.data.sft_packing,
+        "sft_packing is for fine-tuning data, and dataset MMAP is for pre-training; leave --sft-packing out",
+    )
+    yield (
+        run.data.dataset == "JSON-SFT" or not run.data.show_samples,
+        "show_samples is of raw records; .bin/.idx samples are shown by the command that makes them",
     )

@@ -12,13 +12,27 @@ class DataConfig:
     train_data_path: tuple[str, ...] = setting("one prefix, or `weight prefix weight prefix …`; raw: one JSON file")
     valid_data_path: tuple[str, ...] = setting("the same for validation; equal to training: --split divides it")
     dataset: str = setting(
-        "MMAP: .bin/.idx prefixes; JSON-SFT: raw instruction records", "MMAP", choices=("MMAP", "JSON-SFT")
+        "MMAP: .bin/.idx prefixes; MMAP-SFT: those of fine-tuning samples; JSON-SFT: raw instruction records",
+        "MMAP",
+        choices=("MMAP", "MMAP-SFT", "JSON-SFT"),
     )
     split: str = setting("train,valid,test shares of a dataset used for both training and validation", "99,1,0")
     seq_length: int = setting("tokens per sample")
     max_padding_length: int = setting("tokens per sample of a raw fine-tuning record, padding included")
+    sft_packing: bool = setting("several records per fine-tuning sample; they do not see each other", False)
+    dataloader_type: str = setting(
+        "order of .bin/.idx samples: single (as shuffled for the run), cyclic (shuffled anew each pass)",
+        "single",
+        choices=("single", "cyclic"),
+    )
+    reset_attention_mask: bool = setting(
+        "documents of a .bin/.idx sample do not see each other, and positions restart with each", False
+    )
+    reset_position_ids: bool = setting("the same as --reset-attention-mask: neither is done without the other", False)
+    eod_mask_loss: bool = setting("nothing is learned from what follows the end of a document", False)
     tokenizer_model: str | None = setting("tokenizer directory; absent: the checkpoint's own", None)
     trust_remote_code: bool = setting("let the tokenizer directory run its own Python code", False)
     prompt_type: str | None = setting("template of raw records; absent: the tokenizer's, else the family's", None)
-    data_cache_path: str | None = setting("where sample indices are cached; absent: they are not", None)
+    show_samples: int = setting("raw records printed at the start as they are tokenised, what is learned in colour", 0)
+    data_cache_path: str | None = setting("where indices and tokenised records are cached; absent: nowhere", None)
     seed: int = setting("seed of sample order and random initialisation", 1234)

@@ -1,9 +1,7 @@
-"""What training consumes: micro-batches of one data-parallel rank, in Megatron's `single` order."""
+"""What training consumes: micro-batches of one data-parallel rank, dealt as Megatron deals them."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,16 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.config.data import DataConfig
-from megatron_patch.data.blend import SampleDataset, blended
-from megatron_patch.data.gpt import GPTDataset
-from megatron_patch.data.indexed import IndexedDataset
-from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.prompts import resolve_renderer
-from megatron_patch.data.splits import split_range
+from megatron_patch.data.blend import SampleDataset
+from megatron_patch.data.gpt import Sample
+from megatron_patch.data.order import Order, in_turn
+from megatron_patch.data.pretraining import open_indexed
+from megatron_patch.data.raw import open_records
+from megatron_patch.data.sft_index import open_samples
 from megatron_patch.data.tokenizer import vocabulary_size
-
-Order = Callable[[int], int]  # global sample position → index of the dataset
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class Batches:
 
     def _batch(self, positions: Sequence[int]) -> Batch:
         samples = [self.dataset[self.order(position)] for position in positions]
-        tokens, labels, loss_mask = (np.stack(part) for part in zip(*samples, strict=True))
+        tokens, labels, loss_mask = (np.stack(part) for part in list(zip(*samples, strict=True))[:3])
         highest = max(int(tokens.max()), int(labels.max()))
         lowest = min(int(tokens.min()), int(labels.min()))
         if highest >= self.vocabulary or lowest < 0:
@@ -91,7 +86,15 @@ class Batches:
                 f"the dataset holds token {lowest if lowest < 0 else highest}, but the tokenizer's ids are 0 to "
                 f"{self.vocabulary - 1}; preprocess the data with the tokenizer that belongs to this model"
             )
-        return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)))
+        return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask)), _starts(samples))
+
+
+def _starts(samples: Sequence[Sample]) -> Tensor | None:
+    """Those of a batch; None where every row is one segment."""
+    if all(sample.starts is None for sample in samples):
+        return None
+    rows = [np.zeros_like(sample.tokens) if sample.starts is None else sample.starts for sample in samples]
+    return torch.from_numpy(np.stack(rows))
 
 
 def training_batches(
@@ -146,57 +149,8 @@ def _open(
     *,
     is_loud: bool,
 ) -> tuple[SampleDataset, Order]:
-    words = config.train_data_path if split == "train" else config.valid_data_path
     if config.dataset == "MMAP":
-        sources = parse_blend(words)
-        dataset = blended(
-            sources, lambda prefix, count: _indexed(config, prefix, split, count), num_samples, config.data_cache_path
-        )
-        return dataset, lambda position: position
-    if len(words) != 1:
-        raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
-    renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
-    dataset = InstructionDataset(words[0], tokenizer, renderer, length=config.max_padding_length)
-    if dataset.skipped and is_loud:
-        logging.getLogger(__name__).warning(
-            "%s: %d of %d records left out, their prompts alone are longer than %d tokens",
-            words[0], dataset.skipped, dataset.skipped + len(dataset), config.max_padding_length,
-        )  # fmt: skip
-    first, last = _bounds(config, words[0], split, len(dataset))
-    return dataset, _shuffled(first, last, config.seed) if split == "train" else _repeated(first, last)
-
-
-def _indexed(config: DataConfig, prefix: str, split: str, num_samples: int | None) -> GPTDataset:
-    indexed = IndexedDataset(prefix)
-    bounds = _bounds(config, prefix, split, len(indexed))
-    return GPTDataset(
-        indexed, bounds, num_samples, seq_length=config.seq_length, seed=config.seed, cache_path=config.data_cache_path
-    )
-
-
-def _bounds(config: DataConfig, path: str, split: str, count: int) -> tuple[int, int]:
-    """The elements of `path` that this split may use: all of them unless training and validation share their data."""
-    if config.train_data_path != config.valid_data_path:
-        return 0, count
-    first, last = split_range(config.split, split, count)
-    if first == last:
-        raise ValueError(
-            f"split {config.split!r} leaves nothing of {path!r} ({count} documents or records) for {split}; "
-            "change --split or name another validation dataset"
-        )
-    return first, last
-
-
-def _shuffled(first: int, last: int, seed: int) -> Order:
-    """Every element once per epoch, in an order of its own each epoch."""
-    count = last - first
-
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return first + np.random.default_rng((seed, epoch)).permutation(count)
-
-    return lambda position: int(order(position // count)[position % count])
-
-
-def _repeated(first: int, last: int) -> Order:
-    return lambda position: first + position % (last - first)
+        return open_indexed(config, split, num_samples, tokenizer.eos_token_id)
+    if config.dataset == "MMAP-SFT":
+        return open_samples(config, split, num_samples, tokenizer.eos_token_id), in_turn
+    return open_records(config, tokenizer, split, family_prompt, is_loud=is_loud)

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_patch.data.blend_order import blend_indices
 from megatron_patch.data.gpt import Sample
 from megatron_patch.data.index_cache import cached
 from megatron_patch.data.paths import Source
@@ -74,24 +75,6 @@ def normalise(weights: Sequence[float]) -> list[float]:
     """Weights that sum to 1."""
     values = np.asarray(weights, np.float64)
     return (values / values.sum()).tolist()
-
-
-def blend_indices(weights: Sequence[float], size: int) -> tuple[npt.NDArray, npt.NDArray]:
-    """The dataset of each sample (int16 [size]) and its number in that dataset (int64 [size]).
-
-    At every step the dataset furthest behind its weight gives its next sample; ties go to the first. This is
-    Megatron-Core's order: no randomness, and float64 arithmetic step by step, so it is a loop.
-    """
-    weights = np.asarray(weights, np.float64)
-    dataset_index, sample_index = np.empty(size, np.int16), np.empty(size, np.int64)
-    given, lag = np.zeros(len(weights)), np.empty(len(weights))
-    for step in range(size):
-        np.multiply(weights, max(step, 1), out=lag)
-        np.subtract(lag, given, out=lag)
-        chosen = lag.argmax()
-        dataset_index[step], sample_index[step] = chosen, given[chosen]
-        given[chosen] += 1
-    return dataset_index, sample_index
 
 
 def _check_once(sources: Sequence[Source], available: int, wanted: int) -> None:

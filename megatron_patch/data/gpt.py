@@ -10,19 +10,37 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_patch.data.index_cache import cached, file_state
+from megatron_patch.data.index_cache import cached, content
 from megatron_patch.data.indexed import IndexedDataset
 
 # With less than this share of the last epoch needed, its documents are shuffled apart from the full epochs'.
 FINAL_EPOCH_THRESHOLD = 0.80
+# Documents looked at together: what is held besides the result stays small however many samples there are.
+CHUNK = 1 << 14
 
 
 class Sample(NamedTuple):
-    """One training sample: tokens int64 [S], labels int64 [S] already shifted, loss_mask float32 [S]."""
+    """One training sample: tokens int64 [S], labels int64 [S] already shifted, loss_mask float32 [S].
+
+    `starts`, int64 [S], where it holds several segments: the position of the first token of each token's segment.
+    """
 
     tokens: npt.NDArray
     labels: npt.NDArray
     loss_mask: npt.NDArray
+    starts: npt.NDArray | None = None
+
+
+class Documents(NamedTuple):
+    """What the end of a document, the token `eod`, means within a sample.
+
+    `are_apart`: a token does not see the documents before its own. Only distances between positions count in rotary
+    attention, so that positions restart with it. `is_end_masked`: what follows an end is not learned from it.
+    """
+
+    eod: int
+    are_apart: bool
+    is_end_masked: bool
 
 
 class Epochs(NamedTuple):
@@ -60,13 +78,18 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         cache_path: str | None = None,
+        documents: Documents | None = None,
     ) -> None:
         self._indexed = indexed
+        self._documents = documents
         ids = np.arange(*sequences, dtype=np.int32)
         _check_enough(indexed, ids, num_samples, seq_length)
         key = {
-            "files": [indexed.prefix, *file_state(indexed.prefix)],
-            "order": [*sequences, num_samples, seq_length, seed],
+            "lengths": content(indexed.sequence_lengths[slice(*sequences)]),
+            "first": sequences[0],
+            "num_samples": num_samples,
+            "seq_length": seq_length,
+            "seed": seed,
         }
         self.indices = SampleIndices(
             *cached(
@@ -82,7 +105,14 @@ class GPTDataset:
 
     def __getitem__(self, index: int) -> Sample:
         window = self._window(int(self.indices.shuffle[index]))
-        return Sample(window[:-1], window[1:], self._loss_mask.copy())
+        tokens, loss_mask, starts = window[:-1], self._loss_mask.copy(), None
+        if self._documents is not None:
+            is_end = tokens == self._documents.eod
+            if self._documents.is_end_masked:
+                loss_mask[is_end] = 0
+            if self._documents.are_apart:
+                starts = _starts(is_end)
+        return Sample(tokens, window[1:], loss_mask, starts)
 
     def _window(self, sample: int) -> npt.NDArray:
         """The seq_length + 1 tokens of one sample, int64."""
@@ -95,12 +125,21 @@ class GPTDataset:
         return np.concatenate(parts, dtype=np.int64)
 
 
+def _starts(is_end: npt.NDArray) -> npt.NDArray:
+    """Where the document of each token begins, int64 [S]; an end belongs to the document that it ends."""
+    starts = np.zeros(len(is_end), np.int64)
+    begins = 1 + np.flatnonzero(is_end[:-1])
+    starts[begins] = begins
+    return np.maximum.accumulate(starts)
+
+
 def build_indices(
     lengths: npt.NDArray, sequences: npt.NDArray, num_samples: int | None, *, seq_length: int, seed: int
 ) -> SampleIndices:
     """The order of at least `num_samples` samples (None: one epoch) from `sequences`, whose sizes are in `lengths`.
 
-    Equal to Megatron-Core's, array by array, except that no loop runs over tokens or documents.
+    Equal to Megatron-Core's, array by array, except that no loop runs over tokens or documents. Takes 12 bytes a
+    sample (20 where a document or their number passes 2³¹), while it works 16 more for each document of each epoch.
     """
     tokens = int(lengths[sequences].sum(dtype=np.int64))
     epochs = _count_epochs(tokens, num_samples, seq_length)
@@ -145,12 +184,21 @@ def _document_index(sequences: npt.NDArray, epochs: Epochs, generator: np.random
 def _sample_index(lengths: npt.NDArray, seq_length: int) -> npt.NDArray:
     """Where every seq_length-th token lies. `lengths` are those of the document index, in its order."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    starts_of_samples = np.arange(0, ends[-1], seq_length)
-    positions = np.searchsorted(ends, starts_of_samples, side="right")
-    offsets = starts_of_samples - (ends[positions] - lengths[positions])
-    positions[0] = 0  # Megatron starts at the first document even when it is empty
     widest = max(len(lengths), int(lengths.max()))
-    return np.stack([positions, offsets], axis=1).astype(np.int32 if widest <= np.iinfo(np.int32).max else np.int64)
+    dtype = np.int32 if widest <= np.iinfo(np.int32).max else np.int64
+    index = np.empty((-(-int(ends[-1]) // seq_length), 2), dtype)
+    done = 0
+    for first in range(0, len(lengths), CHUNK):
+        stop = ends[first : first + CHUNK]
+        begun = -(-stop // seq_length)  # samples that begin before each document's end
+        drawn = np.diff(begun, prepend=done)
+        total = int(begun[-1])
+        index[done:total, 0] = np.repeat(np.arange(first, first + len(stop), dtype=dtype), drawn)
+        starts = np.repeat(stop - lengths[first : first + CHUNK], drawn)
+        index[done:total, 1] = np.arange(done * seq_length, total * seq_length, seq_length) - starts
+        done = total
+    index[0, 0] = 0  # Megatron starts at the first document even when it is empty
+    return index
 
 
 def _shuffle_index(count: int, before_final: int, generator: np.random.RandomState) -> npt.NDArray:

@@ -1,7 +1,10 @@
 """Sample indices kept on disk between runs, so that a large dataset starts at once."""
 
+import fcntl
 import hashlib
 import json
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,44 +15,70 @@ import numpy.typing as npt
 
 Arrays = tuple[npt.NDArray, ...]
 
+KEY = "key.json"
+VERSION = 1  # of what the builders make from the same key
+
 
 def cached(directory: str | None, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
     """What `build` returns, read from `directory` when it was built for the same `key` before.
 
-    Every rank may call this at once: files appear whole, under a name made of the key. Without a directory nothing
-    is read or written.
+    Every rank may call this at once: on a node one builds and the others wait for it, then all map the same pages.
+    Arrays appear whole, in a folder named by the key's digest, which keeps the key for people to read. A directory
+    that cannot be written is read all the same. Without a directory nothing is read or written.
     """
     if directory is None:
         return build()
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return _read(Path(directory), digest) or _write(Path(directory), digest, build())
+    text = json.dumps({"version": VERSION, **key}, sort_keys=True)
+    folder = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _read(folder) or _built(folder, text, build)
 
 
-def file_state(prefix: str) -> list[int]:
-    """Sizes and modification times of a pair: a dataset rebuilt under its old name has another key."""
-    states = [Path(prefix + suffix).stat() for suffix in (".bin", ".idx")]
-    return [value for state in states for value in (state.st_size, state.st_mtime_ns)]
+def content(array: npt.NDArray) -> str:
+    """A digest of an array's bytes, for keys: what was rewritten has another, what was copied or moved has not."""
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
 
 
-def _read(directory: Path, digest: str) -> Arrays | None:
-    count = directory / f"{digest}.count"  # written last
-    if not count.is_file():
-        return None
-    names = [directory / f"{digest}.{number}.npy" for number in range(int(count.read_text()))]
+def _built(folder: Path, key: str, build: Callable[[], Arrays]) -> Arrays:
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f"{folder.name}.lock").open("w")
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "%s holds no index of this dataset and cannot be written (%s): every rank builds its own",
+            folder.parent, error.strerror,
+        )  # fmt: skip
+        return build()
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, also by the holder's death
+        found = _read(folder)  # somebody may have built it while we waited
+        if found is None:
+            _write(folder, key, build())
+            found = _read(folder)
+        assert found is not None
+        return found
+
+
+def _read(folder: Path) -> Arrays | None:
+    try:
+        count = json.loads((folder / KEY).read_text())["arrays"]
+        names = [folder / f"{number}.npy" for number in range(count)]
         return tuple(np.load(name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in names)
-    except (OSError, ValueError, EOFError):  # somebody thinned the directory: build again
+    except (OSError, ValueError, EOFError):  # not there, or somebody damaged the folder: build again
         return None
 
 
-def _write(directory: Path, digest: str, arrays: Arrays) -> Arrays:
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+def _write(folder: Path, key: str, arrays: Arrays) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp's are for one user
         for number, array in enumerate(arrays):
-            part = Path(scratch) / f"{number}.npy"
-            np.save(part, array, allow_pickle=False)
-            part.replace(directory / f"{digest}.{number}.npy")
-        count = Path(scratch) / "count"
-        count.write_text(str(len(arrays)))
-        count.replace(directory / f"{digest}.count")
-    return arrays
+            np.save(scratch / f"{number}.npy", array, allow_pickle=False)
+        (scratch / KEY).write_text(json.dumps({"arrays": len(arrays), "key": json.loads(key)}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another node, whose lock is not ours, was faster
+            if _read(folder) is None:
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

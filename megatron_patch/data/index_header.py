@@ -53,6 +53,24 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
     return IndexHeader(prefix, dtype, sequences, boundaries - 1, actual // ITEM_SIZES[dtype])
 
 
+def check_sample_documents(header: IndexHeader, seq_length: int) -> None:
+    """Raise ValueError unless a fine-tuning dataset holds `seq_length` tokens and as many labels per sequence."""
+    if header.dtype not in ("int32", "int64"):
+        raise ValueError(
+            f"{header.prefix} is of {header.dtype}, which cannot hold the label -100 of what is not learned; build "
+            "it for fine-tuning with toolkits/sft_data_preprocessing"
+        )
+    if not header.sequences:
+        raise ValueError(f"{header.prefix} holds no sample; build it again")
+    if header.tokens != 2 * seq_length * header.sequences:
+        found, rest = divmod(header.tokens, 2 * header.sequences)
+        what = "of different lengths, so it is not for fine-tuning" if rest else f"of 2 × {found} numbers"
+        raise ValueError(
+            f"{header.prefix} has samples {what}; with SEQ_LEN {seq_length} they must be 2 × {seq_length}, tokens and "
+            "labels: build it with that SEQ_LEN, or train with its own"
+        )
+
+
 def smallest_dtype(vocabulary_size: int) -> str:
     """Token type of a new dataset: as in Megatron uint16 below 65500 entries (added tokens too), else int32."""
     return "uint16" if vocabulary_size < 65500 else "int32"

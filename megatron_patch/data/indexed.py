@@ -1,15 +1,19 @@
 """Tokens on disk: reader and writer of `.bin/.idx` pairs, byte-compatible with Megatron's indexed dataset."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_patch.data.index_header import CODES, HEADER_BYTES, MAGIC, VERSION, read_header
+
+SUFFIXES = (".bin", ".idx", ".json")
+DOCUMENTS_AT_ONCE = 1024  # while appending a dataset
 
 
 class IndexedDataset:
@@ -54,7 +58,7 @@ class IndexedDataset:
 class IndexedDatasetBuilder:
     """Writes a pair. Both files appear when `finalize` returns; left by an exception, nothing does.
 
-    Use as a context manager: leaving it without an exception finalizes.
+    Use as a context manager: leaving it without an exception finalizes what is not complete.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: str) -> None:
@@ -88,22 +92,47 @@ class IndexedDatasetBuilder:
         self._lengths.append(lengths.astype("<i4"))
         self._counts.append(counts)
 
-    def finalize(self) -> None:
-        """Write the index and put both files in place, replacing an earlier pair."""
+    def append(self, dataset: IndexedDataset) -> None:
+        """Append every document of a dataset of the same token type."""
+        bounds = dataset.document_indices
+        for first in range(0, len(bounds) - 1, DOCUMENTS_AT_ONCE):
+            part = bounds[first : first + DOCUMENTS_AT_ONCE + 1]
+            sequences = range(int(part[0]), int(part[-1]))
+            lengths = dataset.sequence_lengths[sequences.start : sequences.stop]
+            tokens = np.concatenate([np.empty(0, self.dtype), *(dataset[k] for k in sequences)])
+            self.add(tokens, lengths, np.diff(part))
+
+    def complete(self, description: Mapping[str, Any] | None = None) -> None:
+        """Write all that is missing, under temporary names; `description` is what the sidecar will say."""
         with self._bin:
             pass
         with self._open(".idx") as file:
             self._write_index(file)
-        # An interruption between the two renames must leave no pair, rather than a mixed one.
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            self._temporary(suffix).replace(f"{self.prefix}{suffix}")
+        if description is not None:
+            with self._open(".json") as file:
+                file.write(json.dumps(description, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def publish(self) -> None:
+        """Put what is complete in place, replacing an earlier pair and its sidecar."""
+        # An interruption between the renames must leave no pair, rather than a mixed one.
+        for suffix in (".idx", ".json"):
+            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
+        for suffix in (".json", ".bin", ".idx"):
+            if self._temporary(suffix).exists():
+                self._temporary(suffix).replace(f"{self.prefix}{suffix}")
+
+    def finalize(self, description: Mapping[str, Any] | None = None) -> None:
+        """Complete and publish."""
+        self.complete(description)
+        self.publish()
 
     def discard(self) -> None:
         """Remove whatever is not in place yet."""
-        self._bin.close()
-        for suffix in (".bin", ".idx"):
-            self._temporary(suffix).unlink(missing_ok=True)
+        try:
+            self._bin.close()
+        finally:  # a full disk fails the closing, too
+            for suffix in SUFFIXES:
+                self._temporary(suffix).unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedDatasetBuilder":
         return self
@@ -112,7 +141,7 @@ class IndexedDatasetBuilder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._bin.closed:
                 self.finalize()
         finally:
             self.discard()

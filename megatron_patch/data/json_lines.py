@@ -1,10 +1,12 @@
 """JSON records from files: one object per line, or one array of objects. Standard library only."""
 
+import gzip
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Record = dict[str, Any]
 
@@ -21,7 +23,7 @@ def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record
         raise ValueError(f"{where}, column {error.start + 1}: the byte {byte:#04x} is not UTF-8") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise ValueError(f"{where}: {error}") from None
-    return _object(value, where)
+    return check_object(value, where)
 
 
 def check_characters(text: str) -> None:
@@ -42,19 +44,23 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Record]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; it should hold JSON records")
     with path.open("rb") as file:
-        is_array = _first_byte(file.read(4096)) == b"["
-        file.seek(0)
-        if is_array:
-            yield from _read_array(file.read(), path)
+        if is_array(file):
+            yield from ((where, check_object(value, where)) for where, value in read_array(file, path))
             return
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}, line {number}", parse_line(line, path, number)
 
 
-def _read_array(content: bytes, path: Path) -> Iterator[tuple[str, Record]]:
+def is_array(file: io.BufferedReader | gzip.GzipFile) -> bool:
+    """Whether what follows in a file is a JSON array; its position stays."""
+    return file.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def read_array(file: BinaryIO, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON array, read as a whole, with its place (`file, record 3`). Raises ValueError."""
     try:
-        array = json.loads(content)
+        array = json.loads(file.read())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -62,15 +68,11 @@ def _read_array(content: bytes, path: Path) -> Iterator[tuple[str, Record]]:
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise ValueError(f"{path}: {error}") from None
     for number, value in enumerate(array, 1):
-        where = f"{path}, record {number}"
-        yield where, _object(value, where)
+        yield f"{path}, record {number}", value
 
 
-def _object(value: Any, where: str) -> Record:
+def check_object(value: Any, where: str) -> Record:
+    """`value`, an object. Raises ValueError naming `where` for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {type(value).__name__} instead of an object with named fields")
     return value
-
-
-def _first_byte(content: bytes) -> bytes:
-    return content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

@@ -1,66 +1,113 @@
-"""JSON lines to `.bin/.idx` pairs: `python3 -m megatron_patch.data.preprocess --input FILE --output-prefix P …`."""
+"""Text to `.bin/.idx` pairs: `python3 -m megatron_patch.data.preprocess --input FILE --output-prefix P …`.
+
+Reading, tokenising and writing each work on a batch of their own, in threads; the tokenizer's batches use all cores.
+"""
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
-from megatron_patch.data.json_lines import Record, check_characters, parse_line
-from megatron_patch.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_patch.data.inputs import Row, Rows, check_readable, read_rows, resolve_inputs
+from megatron_patch.data.json_lines import check_characters
+from megatron_patch.data.sidecar import describe, describe_source
+from megatron_patch.data.tokenizer import begins_with_bos, identity, load_tokenizer, vocabulary_size
 
 # Input bytes tokenised at once: enough to keep every worker busy, and what bounds memory.
 BYTES_PER_BATCH = 1 << 20
+# Sentences about skipped rows that are printed; all are counted.
+SKIPPED_SHOWN = 100
+
+Item = TypeVar("Item")
+
+
+class Recipe(NamedTuple):
+    """How documents are made: one per record and key, from the tokens of its text or list of texts.
+
+    `append_eod` ends and `prepend_bos` begins every document that has tokens; `seq_length` leaves out the records with
+    a document of as many tokens or more; `skip_bad_lines` leaves out the records that cannot be used.
+    """
+
+    json_keys: Sequence[str] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    seq_length: int | None = None
+    skip_bad_lines: bool = False
 
 
 class Report(NamedTuple):
-    """What was written for one key."""
+    """What was written for one key; `longest` is a document's tokens."""
 
     prefix: str
     dtype: str
     documents: int
     tokens: int
+    longest: int
+    empty: int
+
+
+class Summary(NamedTuple):
+    """A report per key, the input's bytes, how many rows were left out for each reason, and the first of them."""
+
+    reports: list[Report]
+    bytes: int
+    skipped: Counter[str]
+    shown: list[str]
+
+
+class Texts(NamedTuple):
+    """The texts of some records, for each key a list per record, and what was left out."""
+
+    by_key: dict[str, list[list[str]]]
+    read: int
+    skipped: Counter[str]
+    problems: list[str]
 
 
 def preprocess(
-    path: str,
-    output_prefix: str,
-    tokenizer: PreTrainedTokenizerFast,
-    json_keys: Sequence[str] = ("text",),
-    *,
-    append_eod: bool = False,
-) -> list[Report]:
-    """Tokenise every line of `path` into `<output_prefix>_<key>_document`, one document per line and key.
+    paths: Sequence[str | os.PathLike[str]], output_prefix: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> Summary:
+    """Tokenise every record of `paths` into `<output_prefix>_<key>_document`, one document per record and key.
 
-    A value is a text or a list of texts, which are tokenised apart and joined. A document without tokens gets no EOD
-    but keeps its place. The files appear when all lines are done. Raises ValueError naming file, line and column.
+    A document without tokens gets neither BOS nor EOD but keeps its place. The files appear when all records are done.
+    Raises ValueError naming file, line and column, or when there is no document or no token.
     """
-    if append_eod and tokenizer.eos_token_id is None:
-        raise ValueError(f"--append-eod: the tokenizer in {tokenizer.name_or_path!r} has no EOS token")
-    eod = tokenizer.eos_token_id if append_eod else None
+    files = [Path(path) for path in paths]
+    check_readable(files)
+    begin, end = _ends(tokenizer, recipe)
     dtype = smallest_dtype(vocabulary_size(tokenizer))
-    counts = dict.fromkeys(json_keys, (0, 0))
+    skipped, shown = Counter(), []
     with ExitStack() as stack:
-        builders = {
-            key: stack.enter_context(IndexedDatasetBuilder(f"{output_prefix}_{key}_document", dtype))
-            for key in json_keys
-        }
-        for batch in _batches(path):
-            for key, builder in builders.items():
-                documents = _tokenise([_texts(record, key, place) for place, record in batch], tokenizer, eod)
-                tokens = _append(builder, documents)
-                counts[key] = (counts[key][0] + len(documents), counts[key][1] + tokens)
-    return [Report(builders[key].prefix, dtype, *counts[key]) for key in json_keys]
+        prefixes = [f"{output_prefix}_{key}_document" for key in recipe.json_keys]
+        builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
+        tallies = [Counter() for _ in builders]
+        encoded = ((texts, _encoded(texts, tokenizer, recipe, begin, end)) for texts in _ahead(_texts(files, recipe)))
+        for texts, documents in _progress(_ahead(encoded), files):
+            skipped.update(texts.skipped)
+            shown += texts.problems[: SKIPPED_SHOWN - len(shown)]
+            for builder, tally, ids in zip(builders, tallies, documents, strict=True):
+                _append(builder, tally, ids)
+        reports = [_report(prefix, dtype, tally) for prefix, tally in zip(prefixes, tallies, strict=True)]
+        _check_any(reports, files, skipped)
+        sources = [describe_source(path) for path in files]
+        for builder, report, key in zip(builders, reports, recipe.json_keys, strict=True):
+            builder.complete(_description(report, key, tokenizer, recipe, sources, skipped))
+        for builder in builders:
+            builder.publish()
+    return Summary(reports, sum(source["bytes"] for source in sources), skipped, shown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,35 +115,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     # The tokenizer's thread pool reads these once, at its first use.
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(options.workers))
+    recipe = Recipe(**{name: getattr(options, name) for name in Recipe._fields})
     started = time.perf_counter()
     try:
-        tokenizer = load_tokenizer(options.tokenizer_model, options.trust_remote_code)
-        reports = preprocess(
-            options.input, options.output_prefix, tokenizer, options.json_keys, append_eod=options.append_eod
+        paths = resolve_inputs(options.input, options.recursive)
+        tokenizer = load_tokenizer(
+            options.tokenizer_model, options.trust_remote_code, use_fast=not options.tokenizer_not_use_fast
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        summary = preprocess(paths, options.output_prefix, tokenizer, recipe)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130  # what a shell reports for a command that Ctrl-C ended
-    seconds = time.perf_counter() - started
-    for report in reports:
-        print(f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
-    tokens = sum(report.tokens for report in reports)
-    print(f"{reports[0].documents:,} lines, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
+    _tell(summary, time.perf_counter() - started)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_patch.data.preprocess", allow_abbrev=False)
-    parser.add_argument("--input", required=True, help="JSON lines, one document per line")
-    parser.add_argument("--output-prefix", required=True, help="<prefix>_<key>_document.bin and .idx are written")
-    parser.add_argument("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys that hold text, a pair of files each")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the EOS token")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="tokenising threads")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer directory run its code")
+    flag, switch = parser.add_argument, {"action": "store_true"}
+    flag("--input", required=True, nargs="+", help="files, directories or patterns")
+    flag("--output-prefix", required=True, help="<prefix>_<key>_document.bin, .idx and .json are written")
+    flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory, or a tokenizer.model")
+    flag("--json-keys", nargs="+", default=["text"], help="keys that hold text, a pair of files each")
+    flag("--append-eod", **switch, help="end every document with the EOS token")
+    flag("--prepend-bos", **switch, help="begin every document with the BOS token, if the tokenizer's own texts do")
+    flag("--seq-length", type=_positive, help="leave out records with a document of as many tokens or more")
+    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
+    flag("--recursive", **switch, help="of a directory, also what its directories hold")
+    flag("--workers", type=_positive, default=os.cpu_count() or 1, help="tokenising threads")
+    flag("--tokenizer-not-use-fast", **switch, help="the slow tokenizer, where the directory has one")
+    flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
 
 
@@ -107,52 +158,167 @@ def _positive(text: str) -> int:
     return value
 
 
-def _batches(path: str) -> Iterator[list[tuple[str, Record]]]:
-    """Records with their places, in lists of about BYTES_PER_BATCH bytes; a bar on a terminal shows the progress."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"input {path!r} does not exist or is not a file")
-    bar = tqdm(total=Path(path).stat().st_size, unit="B", unit_scale=True, disable=None, desc=Path(path).name)
-    with Path(path).open("rb") as file, bar:
-        number = 0
-        while lines := file.readlines(BYTES_PER_BATCH):
-            numbered = [(number + k, line) for k, line in enumerate(lines, 1) if line.strip()]
-            yield [(f"{path}, line {k}", parse_line(line, path, k)) for k, line in numbered]
-            number += len(lines)
-            bar.update(sum(map(len, lines)))
+def _ends(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], list[int]]:
+    """The tokens that begin and end every document."""
+    if recipe.append_eod and tokenizer.eos_token_id is None:
+        raise ValueError(f"--append-eod: the tokenizer in {tokenizer.name_or_path!r} has no EOS token")
+    has_bos = recipe.prepend_bos and begins_with_bos(tokenizer)
+    return [tokenizer.bos_token_id] * has_bos, [tokenizer.eos_token_id] * recipe.append_eod
 
 
-def _texts(record: Record, key: str, place: str) -> list[str]:
-    if key not in record:
-        raise ValueError(f"{place}: no key {key!r} among {', '.join(record) or 'none'}; name others with --json-keys")
-    texts = record[key] if isinstance(record[key], list) else [record[key]]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: {key!r} is neither text nor a list of texts")
-    for text in texts:
-        try:
-            check_characters(text)
-        except ValueError as error:
-            raise ValueError(f"{place}: {key!r}: {error}") from None
-    return texts
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """`items`, the next one of which is made in a thread while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
-def _tokenise(documents: list[list[str]], tokenizer: PreTrainedTokenizerFast, eod: int | None) -> list[list[int]]:
+def _texts(files: Iterable[Path], recipe: Recipe) -> Iterator[Texts]:
+    done = 0
+    for path in files:
+        for rows in read_rows(path, recipe.json_keys, BYTES_PER_BATCH):
+            yield _batch(rows, recipe, done + rows.position)
+        done += path.stat().st_size
+
+
+def _batch(rows: Rows, recipe: Recipe, read: int) -> Texts:
+    by_key, skipped, problems = {key: [] for key in recipe.json_keys}, Counter(), []
+    for row in rows.rows:
+        reason, sentence = _problem(row, recipe.json_keys)
+        if reason and not recipe.skip_bad_lines:
+            raise ValueError(sentence)
+        if reason:
+            skipped[reason] += 1
+            problems.append(sentence)
+            continue
+        for key, values in by_key.items():
+            value = row.record[key]
+            values.append(value if isinstance(value, list) else [value])
+    if rows.blank:
+        skipped["blank"] = rows.blank
+    return Texts(by_key, read, skipped, problems)
+
+
+def _problem(row: Row, keys: Iterable[str]) -> tuple[str, str]:
+    """Why a row cannot be used, as one word to count and one sentence to read; two empty texts if it can."""
+    if row.record is None:
+        return "malformed", row.problem
+    for key in keys:
+        if key not in row.record:
+            names = ", ".join(map(str, row.record)) or "none"
+            return "missing key", f"{row.place}: no key {key!r} among {names}; name others with --json-keys"
+        texts = row.record[key] if isinstance(row.record[key], list) else [row.record[key]]
+        if not all(isinstance(text, str) for text in texts):
+            return "not text", f"{row.place}: {key!r} is neither text nor a list of texts"
+        for text in texts:
+            try:
+                check_characters(text)
+            except ValueError as error:
+                return "malformed", f"{row.place}: {key!r}: {error}"
+    return "", ""
+
+
+def _encoded(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, begin: list[int], end: list[int]
+) -> list[list[list[int]]]:
+    """For each key a document per record; records with one that is too long are gone from all, and counted."""
+    documents = [
+        [begin + ids + end if ids else ids for ids in _tokenise(values, tokenizer)] for values in texts.by_key.values()
+    ]
+    if recipe.seq_length is None:
+        return documents
+    is_short = [all(len(ids) < recipe.seq_length for ids in record) for record in zip(*documents, strict=True)]
+    if not all(is_short):
+        texts.skipped["too long"] += is_short.count(False)
+    return [[ids for ids, is_kept in zip(column, is_short, strict=True) if is_kept] for column in documents]
+
+
+def _tokenise(documents: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     flat = [text for texts in documents for text in texts]
-    encodings = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-    result = []
-    for texts in documents:
-        ids = list(chain.from_iterable(encoding.ids for encoding in islice(encodings, len(texts))))
-        if ids and eod is not None:
-            ids.append(eod)
-        result.append(ids)
-    return result
+    if tokenizer.is_fast:
+        batch = tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+        every = (encoding.ids for encoding in batch)
+    else:
+        every = (tokenizer.encode(text, add_special_tokens=False) for text in flat)
+    return [list(chain.from_iterable(islice(every, len(texts)))) for texts in documents]
 
 
-def _append(builder: IndexedDatasetBuilder, documents: list[list[int]]) -> int:
+def _append(builder: IndexedDatasetBuilder, tally: Counter[str], documents: list[list[int]]) -> None:
     lengths = [len(ids) for ids in documents]
     total = sum(lengths)
     tokens = np.fromiter(chain.from_iterable(documents), np.int64, total)
     builder.add(tokens, [length for length in lengths if length], [int(length > 0) for length in lengths])
-    return total
+    tally.update(documents=len(lengths), tokens=total, empty=lengths.count(0))
+    tally["longest"] = max(tally["longest"], *lengths, 0)
+
+
+def _report(prefix: str, dtype: str, tally: Counter[str]) -> Report:
+    return Report(prefix, dtype, *(tally[name] for name in ("documents", "tokens", "longest", "empty")))
+
+
+def _check_any(reports: list[Report], files: list[Path], skipped: Counter[str]) -> None:
+    for report in reports:
+        if not report.tokens:
+            what = "token" if report.documents else "document"
+            why = f" ({_counted(skipped)} left out)" if skipped else ""
+            raise ValueError(f"{report.prefix}: the input, {_named(files)}, holds no {what}{why}; nothing was written")
+
+
+def _named(files: list[Path]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
+
+
+def _description(
+    report: Report,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    sources: list[dict[str, Any]],
+    skipped: Counter[str],
+) -> dict[str, Any]:
+    counts = {name: getattr(report, name) for name in ("documents", "tokens", "longest", "empty")}
+    made = {name: value for name, value in recipe._asdict().items() if name not in ("json_keys", "skip_bad_lines")}
+    return describe(
+        identity(tokenizer), report.dtype, counts, sources, key=key, **made, skipped=dict(sorted(skipped.items()))
+    )
+
+
+def _progress(
+    items: Iterable[tuple[Texts, list[list[list[int]]]]], files: list[Path]
+) -> Iterator[tuple[Texts, list[list[list[int]]]]]:
+    """`items`, with a bar on a terminal."""
+    total = sum(path.stat().st_size for path in files)
+    documents = tokens = 0
+    started = time.perf_counter()
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc=files[0].name) as bar:
+        for texts, columns in items:
+            documents += len(columns[0])
+            tokens += sum(len(ids) for column in columns for ids in column)
+            rate = tokens / (time.perf_counter() - started)
+            bar.update(texts.read - bar.n)
+            bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+            yield texts, columns
+
+
+def _counted(skipped: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+
+
+def _tell(summary: Summary, seconds: float) -> None:
+    for sentence in summary.shown:
+        print(f"skipped: {sentence}", file=sys.stderr)
+    for report in summary.reports:
+        print(
+            f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
+            f"longest {report.longest:,}, {report.empty:,} empty"
+        )
+    if summary.skipped:
+        print(f"left out: {_counted(summary.skipped)}")
+    tokens = sum(report.tokens for report in summary.reports)
+    rates = f"{tokens / seconds:,.0f} tokens/s, {summary.bytes / seconds / 1e6:.1f} MB/s"
+    print(f"{summary.reports[0].documents:,} records, {tokens:,} tokens in {seconds:.1f} s ({rates})")
 
 
 if __name__ == "__main__":

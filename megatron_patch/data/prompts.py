@@ -1,119 +1,144 @@
-"""How an instruction and its answer become one text, and where in it the answer begins. Standard library only."""
+"""How a conversation becomes one text, and which characters of it a model learns. Standard library only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-class Instruction(NamedTuple):
-    """One fine-tuning record; `input` may be empty."""
+class Turn(NamedTuple):
+    """A question, what it is about (may be empty), and the answer."""
 
-    instruction: str
+    question: str
     input: str
     answer: str
 
 
+class Conversation(NamedTuple):
+    """One fine-tuning record: at least one turn. `system` None leaves it to the template."""
+
+    system: str | None
+    turns: tuple[Turn, ...]
+
+
 class Rendered(NamedTuple):
-    """A text that ends with the answer's end-of-turn marker; from character `answer_start` on it is learned."""
+    """A text, and the half-open character ranges that the model has to write: each answer with its end marker."""
 
     text: str
-    answer_start: int
+    learned: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text around a question. `before_answer` is written by the model, so it is learned with the answer."""
+    """Texts around questions and answers, with `{system}`, `{question}`, `{input}`, `{bos}`, `{eos}` to fill in.
 
-    with_input: str
-    without_input: str
+    `system` is filled with the system text, if there is one, and takes the place of `{system}` in the first `user`.
+    `user` ends where the model begins to write: it writes, and so learns, `before_answer`, the answer and `end`.
+    `between` follows an answer that is not the last.
+    """
+
+    user: str
+    system: str = "{system}\n\n"
     before_answer: str = ""
+    end: str = "{eos}"
+    between: str = ""
+    default_system: str = ""
+    user_with_input: str | None = None  # absent: the input is put on a line of its own below the question
+    default_system_with_input: str | None = None
 
 
+_MISTRAL = Prompt("[INST] {system}{question} [/INST]", before_answer=" ")
+_CHATML = Prompt(
+    "{system}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+    system="<|im_start|>system\n{system}<|im_end|>\n",
+    end="<|im_end|>",
+    between="\n",
+)
 PROMPTS = {
-    "mistral": Prompt("[INST] {instruction}\n{input} [/INST]", "[INST] {instruction} [/INST]", before_answer=" "),
+    "mistral": _MISTRAL,
+    "mixtral": _MISTRAL,
     # https://github.com/tatsu-lab/stanford_alpaca#data-release
     "alpaca": Prompt(
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n",
+        "{system}### Instruction:\n{question}\n\n### Response:\n",
+        between="\n\n",
+        default_system="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+        user_with_input="{system}### Instruction:\n{question}\n\n### Input:\n{input}\n\n### Response:\n",
+        default_system_with_input="Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.",
     ),
-    "empty": Prompt("{instruction}\n{input}\n", "{instruction}\n"),
+    # https://huggingface.co/meta-llama/Llama-2-7b-chat-hf
+    "llama2": Prompt(
+        "[INST] {system}{question} [/INST]",
+        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        before_answer=" ",
+        end=" {eos}",
+        between="{bos}",
+    ),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct
+    "llama3": Prompt(
+        "{system}<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        end="<|eot_id|>",
+    ),
+    "chatml": _CHATML,
+    # https://huggingface.co/Qwen/Qwen1.5-7B-Chat
+    "qwen": Prompt(_CHATML.user, _CHATML.system, "", _CHATML.end, "\n", default_system="You are a helpful assistant."),
+    # https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite-Chat
+    "deepseek2": Prompt("{system}User: {question}\n\nAssistant:", before_answer=" "),
+    "empty": Prompt("{system}{question}\n", between="\n"),
 }
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns a record into text. `adds_special_tokens`: the tokenizer puts its own (BOS) around that text."""
+    """Turns a conversation into text. `adds_special_tokens`: the tokenizer puts its own (BOS) around that text.
 
-    render: Callable[[Instruction], Rendered]
-    adds_special_tokens: bool
-
-
-def resolve_renderer(prompt_type: str | None, tokenizer: Any, family_prompt: str) -> Renderer:
-    """The template named `prompt_type`; without a name the tokenizer's own chat template, else the family's.
-
-    Raises ValueError for an unknown name, a tokenizer without EOS, or a chat template that cannot be used.
+    `template` is all that the rendering depends on, as text: renderers of the same one render the same.
     """
-    if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no EOS token, which ends every answer")
-    if prompt_type is None and tokenizer.chat_template:
-        return Renderer(_chat_renderer(tokenizer), adds_special_tokens=False)
-    prompt = _prompt(prompt_type or family_prompt)
-    return Renderer(lambda record: _fill(prompt, record, tokenizer.eos_token), adds_special_tokens=True)
+
+    render: Callable[[Conversation], Rendered]
+    adds_special_tokens: bool
+    template: str
 
 
-def _prompt(name: str) -> Prompt:
+def resolve_prompt(name: str, tokenizer: Any) -> Renderer:
+    """The template of this name. Raises ValueError for an unknown one, or one whose end marker is no token here."""
     if name not in PROMPTS:
         raise ValueError(f"prompt type {name!r} is not one of {', '.join(PROMPTS)}")
-    return PROMPTS[name]
-
-
-def _fill(prompt: Prompt, record: Instruction, end: str) -> Rendered:
-    template = prompt.with_input if record.input else prompt.without_input
-    question = template.format(instruction=record.instruction, input=record.input)
-    return Rendered(f"{question}{prompt.before_answer}{record.answer}{end}", len(question))
-
-
-def _chat_renderer(tokenizer: Any) -> Callable[[Instruction], Rendered]:
-    """A renderer over the tokenizer's chat template.
-
-    One probe finds what stands between the generation prompt and an answer, what ends the answer, and whether the
-    template trims it; records are then rendered once, and the answer's place is counted from the end.
-    """
-
-    def conversation(question: str, answer: str) -> str:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-
-    probe = "\ue000probe\ue001"
-    text = conversation(probe, f"\n{probe}\n")
-    is_trimmed = f"\n{probe}\n" not in text
-    start = text.rindex(probe)
-    tail = text[start + len(probe) :] if is_trimmed else text[start + len(probe) + 1 :]
-    before = _answer_lead(tokenizer, probe, text, start if is_trimmed else start - 1)
-    end = tail.rstrip() or tokenizer.eos_token
-
-    def render(record: Instruction) -> Rendered:
-        question = f"{record.instruction}\n{record.input}" if record.input else record.instruction
-        answer = record.answer.strip() if is_trimmed else record.answer
-        body = conversation(question, record.answer).removesuffix(tail)
-        if not body.endswith(answer):
-            raise ValueError(f"the chat template rewrites the answer {answer[:60]!r}; name another with --prompt-type")
-        return Rendered(body + end, len(body) - len(answer) - before)
-
-    return render
-
-
-def _answer_lead(tokenizer: Any, probe: str, text: str, answer_start: int) -> int:
-    """Characters that the template puts between its generation prompt and the answer."""
-    turns = [{"role": "user", "content": probe}]
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    if not text.startswith(prompt) or len(prompt) > answer_start:
+    prompt = PROMPTS[name]
+    end = prompt.end.format(eos=tokenizer.eos_token).strip()
+    if end not in tokenizer.get_vocab():
         raise ValueError(
-            f"the chat template in {tokenizer.name_or_path!r} answers differently from how it asks: its generation "
-            f"prompt does not begin the conversation; name a template with --prompt-type ({', '.join(PROMPTS)})"
+            f"prompt type {name!r} ends answers with {end!r}, which is no token of the tokenizer in "
+            f"{tokenizer.name_or_path!r}; choose another with --prompt-type, or add the token"
         )
-    return answer_start - len(prompt)
+    marks = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token}
+    return Renderer(
+        lambda conversation: _render(prompt, conversation, marks),
+        adds_special_tokens=True,
+        template=f"{prompt} {marks}",
+    )
+
+
+def ask(prompt: Prompt, question: str, input: str = "", system: str | None = None, bos: str = "") -> str:
+    """The text up to where the model begins to write its first answer; the same in training and at inference."""
+    pattern, default = prompt.user, prompt.default_system
+    if input and prompt.user_with_input is not None:
+        pattern, default = prompt.user_with_input, prompt.default_system_with_input or default
+    elif input:
+        question = f"{question}\n{input}"
+    told = default if system is None else system
+    told = prompt.system.format(system=told, bos=bos) if told else ""
+    return pattern.format(system=told, question=question, input=input, bos=bos)
+
+
+def _render(prompt: Prompt, conversation: Conversation, marks: dict[str, str]) -> Rendered:
+    text, learned = "", []
+    for number, turn in enumerate(conversation.turns):
+        between, system = (prompt.between.format(**marks), "") if number else ("", conversation.system)
+        text += between + ask(prompt, turn.question, turn.input, system, marks["bos"])
+        begin = len(text)
+        text += prompt.before_answer + turn.answer + prompt.end.format(**marks)
+        learned.append((begin, len(text)))
+    return Rendered(text, tuple(learned))

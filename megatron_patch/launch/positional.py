@@ -29,6 +29,12 @@ class Switch(Arg):
     __slots__ = ()
 
 
+class Several(Arg):
+    """A flag that several values may follow; their text has one on each line."""
+
+    __slots__ = ()
+
+
 Table = tuple[Arg, ...]
 
 
@@ -109,6 +115,8 @@ def _flag_texts(table: Table, argv: Sequence[str]) -> tuple[dict[str, str], list
         values = [text] if has_value else values
         if isinstance(flags[name], Switch) and not values:
             values = ["true"]
+        if isinstance(flags[name], Several) and values:
+            values = ["\n".join(values)]
         if len(values) != 1 or name in texts:
             told = "given twice" if name in texts else f"followed by {len(values)} values, not one"
             raise UsageError(f"{name} is {told}; allowed: {flags[name].allowed}")

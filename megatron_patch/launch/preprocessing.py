@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.inputs import check_readable, resolve_inputs
 from megatron_patch.launch.cluster import cores
 from megatron_patch.launch.options import check_options
 from megatron_patch.launch.positional import Request, UsageError, place
 from megatron_patch.launch.tables import PREFIXES
 from megatron_patch.plan.disk import check_writable, present_obstacles
 
-OPTIONS = ("--trust-remote-code", "--workers")
+OPTIONS = (
+    *("--prepend-bos", "--recursive", "--seq-length", "--skip-bad-lines"),
+    *("--tokenizer-not-use-fast", "--trust-remote-code", "--workers"),
+)
 MOST_WORKERS = 16
 
 
@@ -20,8 +24,8 @@ def plan(request: Request) -> dict[str, Any]:
     v = request.values
     prefix = str(Path(v["OUTPUT_DATA_DIR"]) / _prefix(request))
     obstacles = present_obstacles(
-        lambda: _check_input(v["INPUT_DATA_PATH"]),
-        lambda: _check_tokenizer(v["LOAD_DIR"]),
+        lambda: check_readable(resolve_inputs([v["INPUT_DATA_PATH"]], "--recursive" in request.options)),
+        lambda: check_tokenizer(v["LOAD_DIR"]),
         lambda: check_writable(prefix),
     )
     if obstacles and not request.is_dry:
@@ -54,16 +58,10 @@ def _prefix(request: Request) -> str:
     return pattern.format(dataset=dataset)
 
 
-def _check_input(path: str) -> None:
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"input {path!r} is a directory; name one JSON-lines file")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"input {path!r} does not exist")
-
-
-def _check_tokenizer(directory: str) -> None:
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"tokenizer directory {directory!r} does not exist")
+def check_tokenizer(path: str) -> None:
+    """Raise FileNotFoundError unless `path` is a directory, or a sentencepiece model in one."""
+    if not Path(path).is_dir() and not (Path(path).name == "tokenizer.model" and Path(path).is_file()):
+        raise FileNotFoundError(f"tokenizer directory {path!r} does not exist")
 
 
 def _without_effect(request: Request) -> list[str]:

@@ -2,6 +2,7 @@
 
 from megatron_patch.launch import unbuilt
 from megatron_patch.launch.conversion_tables import CONVERTERS
+from megatron_patch.launch.dataset_tables import DATASET_TOOLS
 from megatron_patch.launch.launcher import PP0_LAYERS, Launcher, size
 from megatron_patch.launch.positional import Arg, Table
 from megatron_patch.launch.values import (
@@ -64,12 +65,21 @@ PREFIXES = {
 }
 
 PREPROCESSING: Table = (
-    Arg("INPUT_DATA_PATH", words, "a JSON-lines file"),
+    Arg("INPUT_DATA_PATH", words, "a file, a directory or a pattern of .jsonl, .json, .txt, .csv, .parquet …"),
     Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
     Arg("JSON_KEYS", keys, "the keys to tokenize, separated by spaces or commas"),
     Arg("OUTPUT_DATA_DIR", words, "the directory to write"),
     Arg("LOAD_DIR", words, "the tokenizer's directory"),
     Arg("DATASET_NAME", str, "the name in the output prefix, for GPT2BPETokenizer only", default=""),
+)
+
+SFT_PREPROCESSING: Table = (
+    Arg("INPUT_DATA_PATH", words, "a JSON or JSON-lines file of records"),
+    Arg("TOKENIZER", one_of(*PREFIXES), ", ".join(PREFIXES)),
+    Arg("SEQ_LEN", count, f"{COUNT}: tokens per sample"),
+    Arg("OUTPUT_PREFIX", words, "what the dataset's name begins with; _text_document follows"),
+    Arg("LOAD_DIR", words, "the tokenizer's directory"),
+    Arg("PACKING", switch, f"{SWITCH}: several records per sample", default="false"),
 )
 
 DRY_RUN = Arg("MP_DRY_RUN", on_or_off, "1 (print the plan, start nothing) or 0", default="0")
@@ -88,5 +98,7 @@ LAUNCHERS = {
         "training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral", "mixtral")
     ),
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
+    "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
     **CONVERTERS,
+    **DATASET_TOOLS,
 }

@@ -132,13 +132,15 @@ def run_name(request: Request, family: str, train_iters: int, warmup_iters: int)
 
 def _data(v: Mapping[str, Any]) -> DataConfig:
     is_raw = v["MP_DATASET_TYPE"] == "raw"
-    train, valid = ((v[name],) if is_raw else split_words(v[name]) for name in ("DATASET_PATH", "VALID_DATASET_PATH"))
+    named = (("DATASET_PATH", "train"), ("VALID_DATASET_PATH", "valid"))
+    train, valid = ((v[name],) if is_raw else split_words(v[name], split) for name, split in named)
     return DataConfig(
         train_data_path=train,
         valid_data_path=valid,
-        dataset="JSON-SFT" if is_raw else "MMAP",
+        dataset="JSON-SFT" if is_raw else "MMAP-SFT" if v["SFT"] else "MMAP",
         seq_length=v["SEQ_LEN"],
         max_padding_length=v["PAD_LEN"],
+        sft_packing=v["MP_SFT_PACKING"] and v["SFT"],
     )
 
 
@@ -232,6 +234,7 @@ def _without_effect(request: Request) -> list[str]:
         ),
         (v["PP"] == 1 and v["MP_VP"] > 0, "MP_VP has no effect without pipeline parallelism (PP is 1)"),
         (v["PP"] == 1 and v["MP_PP0_LAYERS"] > 0, "MP_PP0_LAYERS has no effect without pipeline parallelism (PP is 1)"),
+        (v["MP_SFT_PACKING"] and not v["SFT"], "MP_SFT_PACKING is true: no effect in pre-training (SFT is false)"),
         (not is_raw and pad != length, f"PAD_LEN (argument 8) is {pad}: no effect without MP_DATASET_TYPE=raw"),
         (is_raw and pad != length, f"SEQ_LEN (argument 7) is {length}: raw records are PAD_LEN = {pad} tokens long"),
     )

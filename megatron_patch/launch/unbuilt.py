@@ -7,15 +7,7 @@ from megatron_patch.launch.positional import UsageError
 # argument, is this value beyond what is built?, the capability, what to use instead
 Line = tuple[str, Callable[[Mapping[str, object]], bool], str, str]
 
-TRAINING: tuple[Line, ...] = (
-    ("MP_SFT_PACKING", lambda v: v["MP_SFT_PACKING"], "packed fine-tuning", "false"),
-    (
-        "SFT",
-        lambda v: v["SFT"] and v["MP_DATASET_TYPE"] != "raw",
-        "fine-tuning on .bin/.idx files",
-        "MP_DATASET_TYPE=raw with JSON files",
-    ),
-)
+TRAINING: tuple[Line, ...] = ()
 
 
 def check_built(lines: tuple[Line, ...], values: Mapping[str, object], where: Callable[[str], str]) -> None:

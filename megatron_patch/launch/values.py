@@ -87,6 +87,11 @@ def keys(text: str) -> list[str]:
     return names
 
 
+def lines(text: str) -> list[str]:
+    """One value on each line, none of them empty."""
+    return [words(line) for line in text.split("\n")]
+
+
 def words(text: str) -> str:
     """Text that is not empty, as typed. With a hyphen in front it would pass for an option (`./-name` does not)."""
     if not text.strip() or text.startswith("-"):

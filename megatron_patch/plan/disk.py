@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_patch.config.run import RunConfig
-from megatron_patch.data.index_header import read_header
+from megatron_patch.data.index_header import check_sample_documents, read_header
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import parse_split, split_range
 from megatron_patch.plan.start import resolve_start
@@ -44,15 +44,15 @@ def check_training_data(run: RunConfig) -> None:
     is_divided = run.data.train_data_path == run.data.valid_data_path
     if is_divided:
         parse_split(run.data.split)
-    _check_dataset(run.data.dataset, run.data.train_data_path)
-    if is_divided and run.data.dataset == "MMAP":
+    _check_dataset(run, run.data.train_data_path)
+    if is_divided and run.data.dataset != "JSON-SFT":
         for source in parse_blend(run.data.train_data_path):
             _check_split(source.prefix, run.data.split)
 
 
 def check_validation_data(run: RunConfig) -> None:
     """The same for validation."""
-    _check_dataset(run.data.dataset, run.data.valid_data_path)
+    _check_dataset(run, run.data.valid_data_path)
 
 
 def check_checkpoint(run: RunConfig) -> None:
@@ -93,13 +93,15 @@ def check_writable(path: str | Path) -> None:
         raise PermissionError(f"{path} cannot be written: no permission in {parent}")
 
 
-def _check_dataset(kind: str, paths: tuple[str, ...]) -> None:
-    check_one: Callable[[str], object] = read_header
-    prefixes = [source.prefix for source in parse_blend(paths)] if kind == "MMAP" else paths
-    if kind != "MMAP":
-        check_one = _check_file
-    for path in prefixes:
-        check_one(path)
+def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
+    if run.data.dataset == "JSON-SFT":
+        for path in paths:
+            _check_file(path)
+        return
+    for source in parse_blend(paths):
+        header = read_header(source.prefix)
+        if run.data.dataset == "MMAP-SFT":
+            check_sample_documents(header, run.data.seq_length)
 
 
 def _check_split(prefix: str, split: str) -> None:

@@ -50,7 +50,7 @@ def schedule(run: RunConfig, dp: int) -> dict[str, Any]:
 
 def _tokens_on_disk(run: RunConfig) -> int | None:
     """Training tokens of one unweighted dataset; raw records are not tokenized yet, and a blend has no one epoch."""
-    if run.data.dataset != "MMAP":
+    if run.data.dataset == "JSON-SFT":
         return None
     sources = parse_blend(run.data.train_data_path)
     if any(source.weight is not None for source in sources):
@@ -59,6 +59,8 @@ def _tokens_on_disk(run: RunConfig) -> int | None:
         total = _sum_of_tokens([source.prefix for source in sources])
     except (OSError, ValueError):
         return None
+    if run.data.dataset == "MMAP-SFT":
+        total //= 2  # the other half are labels
     is_divided = run.data.train_data_path == run.data.valid_data_path
     return int(total * parse_split(run.data.split)[0]) if is_divided else total
 

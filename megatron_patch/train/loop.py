@@ -1,5 +1,7 @@
 """The training loop."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +10,8 @@ import torch
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.batches import Batch, training_batches, validation_batches
-from megatron_patch.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_patch.data.raw import record_texts
+from megatron_patch.data.tokenizer import check_datasets, check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry, manifest
 from megatron_patch.model.build import DTYPES, build_model
@@ -148,6 +151,13 @@ def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable
     """This data-parallel rank's training steps, and its validation steps, which can be iterated again and again."""
     tokenizer = load_tokenizer(run.data.tokenizer_model or run.checkpoint.load, run.data.trust_remote_code)
     check_vocabulary(tokenizer, run.model.vocab_size)
+    notes = check_datasets((*run.data.train_data_path, *run.data.valid_data_path), tokenizer)
+    if mesh.rank == 0:
+        for note in notes:
+            logging.getLogger(__name__).warning(note)
+        prompt = ALL[run.family].prompt_type
+        for text in record_texts(run.data, tokenizer, prompt, is_terminal=sys.stdout.isatty()):
+            print(text, end="\n\n", flush=True)
     dealt = {
         "family_prompt": ALL[run.family].prompt_type,
         "global_batch_size": run.global_batch_size,

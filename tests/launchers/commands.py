@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 MISTRAL = ROOT / "examples/mistral/run_mcore_mistral.sh"
 CONVERTER = ROOT / "toolkits/model_checkpoints_convertor/mistral/hf2mcore_convertor.sh"
 PREPROCESSOR = ROOT / "toolkits/pretrain_data_preprocessing/run_make_pretraining_dataset_megatron.sh"
+SFT_PREPROCESSOR = ROOT / "toolkits/sft_data_preprocessing/run_build_idxmap_sft_dataset.sh"
 
 DATASET = "/mnt/mistral-datasets/wudao_mistralbpe_content_document"
 CHECKPOINT = "/mnt/mistral-ckpts/Mistral-7B-v0.1-to-mcore-tp4-pp1"
@@ -29,6 +30,7 @@ RAW_FINE_TUNING = [
 HF_CHECKPOINT = "/mnt/mistral-ckpts/Mistral-7B-v0.1"
 CONVERSION = ["7B", HF_CHECKPOINT, "../../../", HF_CHECKPOINT, CHECKPOINT, *("4", "1", "0", "0", "0", "0"), "false"]
 PREPROCESSING = ["/mnt/corpus.jsonl", "MistralTokenizer", "text", "/mnt/mistral-datasets", HF_CHECKPOINT]
+SFT_PREPROCESSING = ["/mnt/alpaca_zh.json", "MistralTokenizer", "128", "/mnt/datasets/alpaca", HF_CHECKPOINT, "true"]
 
 NAMES = shlex.split(
     "ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR SEQ_LEN PAD_LEN PR TP PP CP EP SP DO FL SFT AC "

@@ -62,6 +62,9 @@ def test_a_documented_command_is_planned_by_dash(block):
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert {"arguments", "output", "command", "warnings"} <= set(plan)
+    if "model_checkpoints_convertor" not in block and "toolkits/checkpoint" not in block:
+        assert set(plan["output"]) and plan["command"][2].startswith(("megatron_patch.data.", "megatron_patch.train."))
+        return
     assert plan["command"][1:3] == ["-m", "megatron_patch.convert"]
     source, target = plan["command"][3:5]
     assert target == plan["output"]["checkpoint"]

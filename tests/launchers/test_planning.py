@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
-from commands import CONVERSION, PREPROCESSING, PRETRAINING, RAW_FINE_TUNING, ROOT, changed
+from commands import CONVERSION, PREPROCESSING, PRETRAINING, RAW_FINE_TUNING, ROOT, SFT_PREPROCESSING, changed
 
 from megatron_patch.config.flags import from_flags
 from megatron_patch.config.memory import MemoryConfig
+from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.launch.cluster import accelerators, cores, many_nodes, one_node
 from megatron_patch.launch.positional import UsageError
 
@@ -46,6 +48,16 @@ def test_a_fine_tuning_has_its_own_name_and_reads_records(planned, monkeypatch):
     run = flags(plan)
     assert (run.data.dataset, run.data.seq_length, run.data.max_padding_length) == ("JSON-SFT", 128, 64)
     assert not run.parallel.sequence_parallel  # nothing to cut at TP 1
+    assert not run.data.sft_packing
+    monkeypatch.setenv("MP_SFT_PACKING", "true")
+    assert flags(planned("mistral", RAW_FINE_TUNING)).data.sft_packing
+
+
+def test_packing_means_nothing_to_pre_training(planned, monkeypatch):
+    monkeypatch.setenv("MP_SFT_PACKING", "true")
+    plan = planned("mistral", PRETRAINING)
+    assert any("MP_SFT_PACKING is true: no effect in pre-training" in warning for warning in plan["warnings"])
+    assert not flags(plan).data.sft_packing
 
 
 def test_the_ranks_see_what_the_positionals_say(planned):
@@ -261,7 +273,7 @@ def test_preprocessing_names_its_output_as_documented(planned, tokenizer, extra,
 def test_the_tools_accept_the_commands_that_are_planned(planned, tmp_path, monkeypatch, capsys):
     """The colleagues' own parsers read what the launchers write."""
     from megatron_patch import convert
-    from megatron_patch.data import preprocess
+    from megatron_patch.data import preprocess, preprocess_sft
 
     jobs = []
 
@@ -277,4 +289,37 @@ def test_the_tools_accept_the_commands_that_are_planned(planned, tmp_path, monke
     capsys.readouterr()
     assert (jobs[0].format, jobs[0].assets, jobs[0].model_size) == ("hf", tmp_path / "hf", "7B")
     options = preprocess._parser().parse_args(planned("pretraining-dataset", PREPROCESSING)["command"][3:])
-    assert (options.input, options.json_keys, options.append_eod) == ("/mnt/corpus.jsonl", ["text"], True)
+    assert (options.input, options.json_keys, options.append_eod) == (["/mnt/corpus.jsonl"], ["text"], True)
+    command = planned("sft-dataset", [*SFT_PREPROCESSING, "--show-samples", "2"])["command"]
+    options = preprocess_sft._parser().parse_args(command[3:])
+    assert (options.seq_length, options.pack, options.family_prompt, options.show_samples) == (128, True, "mistral", 2)
+
+
+def test_records_go_where_the_prefix_says(planned):
+    plan = planned("sft-dataset", [*SFT_PREPROCESSING[:1], "Qwen2Tokenizer", *SFT_PREPROCESSING[2:5]])
+    assert plan["output"] == {"text_document": "/mnt/datasets/alpaca_text_document"}
+    assert after(plan["command"], "--family-prompt") == "alpaca" and "--pack" not in plan["command"]
+
+
+def test_fine_tuning_reads_samples_from_pairs(planned, monkeypatch):
+    assert (run := flags(planned("mistral", changed(PRETRAINING, SFT="true")))).data.dataset == "MMAP-SFT"
+    assert not run.data.sft_packing
+    monkeypatch.setenv("MP_SFT_PACKING", "true")
+    assert flags(planned("mistral", changed(PRETRAINING, SFT="true"))).data.sft_packing
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "message"),
+    [
+        ("uint16", [256], "is of uint16, which cannot hold the label -100"),
+        ("int32", [128], "has samples of 2 × 64 numbers; with SEQ_LEN 128 they must be 2 × 128"),
+        ("int32", [128, 128, 127], "has samples of different lengths, so it is not for fine-tuning"),
+        ("int32", [], "holds no sample"),
+    ],
+)
+def test_a_pair_that_is_not_for_this_fine_tuning_is_refused(refused, tmp_path, dtype, lengths, message):
+    with IndexedDatasetBuilder(tmp_path / "data", dtype) as builder:
+        builder.add(np.zeros(sum(lengths)), lengths, [1] * len(lengths))
+    where = str(tmp_path / "data")
+    told = refused("mistral", changed(PRETRAINING, SFT="true", DATASET_PATH=where, VALID_DATASET_PATH=where))
+    assert message in told

@@ -9,11 +9,13 @@ import pytest
 from commands import (
     CONVERSION,
     DATASET,
+    HF_CHECKPOINT,
     NAMES,
     PREPROCESSING,
     PRETRAINING,
     RAW_FINE_TUNING,
     ROOT,
+    SFT_PREPROCESSING,
     StartedError,
     changed,
 )
@@ -22,7 +24,9 @@ from megatron_patch.families import ALL
 from megatron_patch.launch import tables
 from megatron_patch.launch.__main__ import main
 from megatron_patch.launch.cluster import cores
+from megatron_patch.launch.positional import UsageError
 from megatron_patch.launch.tables import LAUNCHERS
+from megatron_patch.launch.unbuilt import check_built
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -86,25 +90,11 @@ def test_switches_are_read_in_any_case(planned):
     assert plan["parallel"]["use_distributed_optimizer"] is False
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"SFT": "true"}, "fine-tuning on .bin/.idx"),
-    ],
-    ids=str,
-)
-def test_what_is_not_built_says_so(refused, change, what):
-    ((name, value),) = change.items()
-    message = refused("mistral", changed(PRETRAINING, **change))
-    assert message.startswith(f"mistral: argument {NAMES.index(name) + 1} ({name}) is {value}: ")
-    assert what in message
-    assert "not built yet; use " in message
-
-
-@pytest.mark.parametrize(("name", "text"), [("MP_SFT_PACKING", "true")])
-def test_a_variable_whose_capability_is_not_built_says_so(refused, monkeypatch, name, text):
-    monkeypatch.setenv(name, text)
-    assert f"environment variable {name} is {text}: " in refused("mistral", PRETRAINING)
+def test_what_is_not_built_says_so():
+    lines = (("SFT", lambda values: values["SFT"], "learning", "false"), ("SP", lambda values: True, "this", "that"))
+    with pytest.raises(UsageError) as refusal:
+        check_built(lines, {"SFT": True, "TP": 1}, lambda name: f"argument 17 ({name})")
+    assert str(refusal.value) == "argument 17 (SFT) is true: learning is not built yet; use false"
 
 
 @pytest.mark.parametrize(
@@ -234,11 +224,18 @@ def test_a_python_without_torch_is_named(refused, monkeypatch, tmp_path):
     assert f"{sys.executable} has no torch" in message
 
 
+def test_preprocessing_of_records_refuses_what_is_not_there(refused):
+    message = refused("sft-dataset", SFT_PREPROCESSING)
+    assert "input '/mnt/alpaca_zh.json' does not exist" in message and HF_CHECKPOINT in message
+    assert "argument 3 (SEQ_LEN)" in refused("sft-dataset", [*SFT_PREPROCESSING[:2], "0", *SFT_PREPROCESSING[3:]])
+    assert "did you mean --prompt-type?" in refused("sft-dataset", [*SFT_PREPROCESSING, "--prompt-typ=alpaca"])
+
+
 def test_preprocessing_refuses_an_unknown_tokenizer_and_missing_files(refused, tmp_path):
     message = refused("pretraining-dataset", ["/i", "mistralbpe", "text", "/o", "/l"])
     assert "argument 2 (TOKENIZER) is 'mistralbpe'; allowed: auto, MistralTokenizer" in message
-    assert "input '/mnt/corpus.jsonl' does not exist" in refused("pretraining-dataset", PREPROCESSING)
-    assert "is a directory; name one JSON-lines file" in refused(
+    assert "input '/mnt/corpus.jsonl' is no file" in refused("pretraining-dataset", PREPROCESSING)
+    assert f"input directory {str(tmp_path)!r} holds no .jsonl" in refused(
         "pretraining-dataset", [str(tmp_path), *PREPROCESSING[1:]]
     )
     assert "argument 6 (DATASET_NAME) is missing" in refused("pretraining-dataset", ["/i", "GPT2BPETokenizer", *"abc"])
@@ -246,7 +243,7 @@ def test_preprocessing_refuses_an_unknown_tokenizer_and_missing_files(refused, t
 
 def test_an_unknown_launcher_is_refused_with_the_known(capsys):
     assert main(["mixtral"]) == 2
-    assert "mistral, pretraining-dataset, mistral-convert" in capsys.readouterr().err
+    assert "mistral, pretraining-dataset, sft-dataset, mistral-convert" in capsys.readouterr().err
 
 
 def test_help_shows_the_table(capsys):

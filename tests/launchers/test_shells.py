@@ -13,6 +13,8 @@ from commands import (
     PRETRAINING,
     RAW_FINE_TUNING,
     ROOT,
+    SFT_PREPROCESSING,
+    SFT_PREPROCESSOR,
     changed,
     through_shell,
 )
@@ -39,7 +41,9 @@ def test_the_documented_raw_fine_tuning_is_planned(tmp_path):
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(
-    ("script", "arguments"), [(CONVERTER, CONVERSION), (PREPROCESSOR, PREPROCESSING)], ids=["convert", "preprocess"]
+    ("script", "arguments"),
+    [(CONVERTER, CONVERSION), (PREPROCESSOR, PREPROCESSING), (SFT_PREPROCESSOR, SFT_PREPROCESSING)],
+    ids=["convert", "preprocess", "preprocess records"],
 )
 def test_the_documented_tools_are_planned(shell, script, arguments, tmp_path):
     status, plan, err = through_shell(shell, script, arguments, tmp_path, MP_DRY_RUN="1")

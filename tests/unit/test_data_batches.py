@@ -92,6 +92,57 @@ def test_continuing_reads_what_an_uninterrupted_run_would(kind, request, tokeniz
     assert rest == whole[3:]
 
 
+@pytest.mark.parametrize("kind", ["config", "raw"])
+@pytest.mark.parametrize("loader", ["single", "cyclic"])
+def test_a_run_continues_exactly_on_every_other_data_parallel_size(kind, loader, request, tokenizer):
+    """Step by step, the ranks of every size together read what one rank does: any of them can go on for another."""
+    config = replace(request.getfixturevalue(kind), dataloader_type=loader)
+    whole = rows(training_batches(config, tokenizer, train_iters=7, **SIZES, **ALONE))
+    for start, micro, size in [(0, 1, 8), (1, 1, 2), (3, 2, 4), (4, 4, 2), (6, 8, 1)]:
+        sizes = SIZES | {"micro_batch_size": micro, "size": size, "start_iteration": start}
+        ranks = [list(training_batches(config, tokenizer, train_iters=7, **sizes, rank=r)) for r in range(size)]
+        for step, wanted in enumerate(whole[start:]):
+            micros = zip(*(ranks[r][step] for r in range(size)), strict=True)
+            assert [row for turn in micros for batch in turn for row in batch.tokens.tolist()] == wanted
+
+
+def test_cyclic_reads_every_sample_once_a_pass_and_not_in_order(config, tokenizer):
+    cyclic = replace(config, dataloader_type="cyclic")
+    (read,) = rows(training_batches(cyclic, tokenizer, train_iters=1, **SIZES | {"global_batch_size": 32}, **ALONE))
+    dataset = GPTDataset(IndexedDataset(config.train_data_path[0]), (0, 20), 32, seq_length=6, seed=1234)
+    stored = [dataset[number].tokens.tolist() for number in range(len(dataset))]
+    assert len(dataset) == 33 and read != stored[:32]
+    assert len({tuple(row) for row in read}) == 32 and all(row in stored for row in read)
+
+
+@pytest.mark.parametrize("name", ["reset_attention_mask", "reset_position_ids"])
+def test_documents_can_be_kept_apart(name, config, tokenizer, tmp_path):
+    end = tokenizer.eos_token_id
+    with IndexedDatasetBuilder(tmp_path / "train", "uint16") as builder:
+        for _ in range(9):
+            builder.add([7, 8, 9, end], [4], [1])
+    ((batch, *_),) = training_batches(replace(config, **{name: True}), tokenizer, train_iters=1, **SIZES, **ALONE)
+    for tokens, starts in zip(batch.tokens.tolist(), batch.starts.tolist(), strict=True):
+        begins = [0] + [place + 1 for place in range(5) if tokens[place] == end]
+        assert starts == [max(begin for begin in begins if begin <= place) for place in range(6)]
+    assert batch.loss_mask.all()
+
+
+def test_what_follows_an_end_can_be_left_out_of_the_loss(config, tokenizer, tmp_path):
+    end = tokenizer.eos_token_id
+    with IndexedDatasetBuilder(tmp_path / "train", "uint16") as builder:
+        builder.add([7, 8, end] * 20, [3] * 20, [1] * 20)
+    ((batch, *_),) = training_batches(replace(config, eod_mask_loss=True), tokenizer, train_iters=1, **SIZES, **ALONE)
+    assert batch.starts is None
+    assert torch.equal(batch.loss_mask == 0, batch.tokens == end) and (batch.loss_mask == 0).any()
+
+
+def test_a_tokenizer_without_an_end_cannot_tell_documents_apart(config, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
+        training_batches(replace(config, eod_mask_loss=True), tokenizer, train_iters=1, **SIZES, **ALONE)
+
+
 def test_validation_is_the_same_every_time(config, tokenizer):
     batches = validation_batches(config, tokenizer, eval_iters=2, **SIZES, **ALONE)
     first, again = rows(batches), rows(batches)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from megatron_patch.data import instructions
+from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.prompts import PROMPTS, Instruction, Rendered, Renderer, resolve_renderer
+from megatron_patch.data.json_lines import read_records
+from megatron_patch.data.prompts import PROMPTS, Conversation, Rendered, Renderer, Turn, ask
 from megatron_patch.data.tokenizer import load_tokenizer
 
 # A Mistral-like conversation; transformers itself marks what stands between the generation tags.
@@ -124,7 +127,7 @@ def test_records_keep_their_own_tokens(tmp_path, tokenizer):
     together = dataset(tmp_path, tokenizer, RECORDS)
     apart = [dataset(tmp_path, tokenizer, [record])[0] for record in RECORDS]
     for one, other in zip((together[i] for i in range(len(RECORDS))), apart, strict=True):
-        assert [part.tolist() for part in one] == [part.tolist() for part in other]
+        assert [part.tolist() for part in one[:3]] == [part.tolist() for part in other[:3]]
 
 
 def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_is_not(tmp_path, tokenizer):
@@ -133,17 +136,22 @@ def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_i
     )
     text, path = "def return", tmp_path / "records.json"
     path.write_text('[{"instruction": "q", "output": "a"}]')
-    renderer = Renderer(lambda record: Rendered(text, text.index("return") + 3), adds_special_tokens=True)
+    renderer = Renderer(
+        lambda record: Rendered(text, ((text.index("return") + 3, len(text)),)), adds_special_tokens=True, template=""
+    )
     sample = InstructionDataset(path, tokenizer, renderer, length=16)[0]
     assert tokenizer.convert_ids_to_tokens(sample.tokens[:4]) == ["<s>", "▁def", "▁return", "</s>"]
     assert np.flatnonzero(sample.loss_mask).tolist() == [1]
 
 
-def test_alpaca_has_an_input_section_only_with_input(tmp_path, tokenizer):
-    both = PROMPTS["alpaca"].with_input.format(instruction="add", input="{1} and 2")
+def test_alpaca_has_an_input_section_only_with_input(tokenizer):
+    both = ask(PROMPTS["alpaca"], "add", "{1} and 2")
+    assert both.startswith("Below is an instruction that describes a task, paired with an input")
     assert both.endswith("### Instruction:\nadd\n\n### Input:\n{1} and 2\n\n### Response:\n")
-    rendered = resolve_renderer("alpaca", tokenizer, "mistral").render(Instruction("add", "", "{3}"))
-    assert "Input" not in rendered.text and rendered.text[rendered.answer_start :] == "{3}</s>"
+    renderer = resolve_renderer("alpaca", tokenizer, "mistral")
+    rendered = renderer.render(Conversation(None, (Turn("add", "", "{3}"),)))
+    ((begin, end),) = rendered.learned
+    assert "Input" not in rendered.text and rendered.text[begin:end] == "{3}</s>"
 
 
 def test_a_named_template_wins_over_the_tokenizers(tmp_path, tokenizer):
@@ -153,7 +161,7 @@ def test_a_named_template_wins_over_the_tokenizers(tmp_path, tokenizer):
 
 
 def test_an_unknown_template_is_named(tokenizer):
-    with pytest.raises(ValueError, match="prompt type 'mixtrall' is not one of mistral, alpaca, empty"):
+    with pytest.raises(ValueError, match="prompt type 'mixtrall' is not one of mistral, mixtral, alpaca, "):
         resolve_renderer("mixtrall", tokenizer, "mistral")
 
 
@@ -181,7 +189,7 @@ GOOD = '{"instruction": "q", "output": "a"}\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"instruction": "q"}]', r"record 1: no output or content or response among its keys \(instruction\)"),
+        ('[{"instruction": "q"}]', r"record 1: no output or content or .* among its keys \(instruction\)"),
         (GOOD + '{"output": "a"}', "line 2: no instruction or query"),
         (GOOD + '\n{"instruction": "q", "output": 3}', "line 3: output is int, not text"),
         ('{"instruction": "q", "input": ["x"], "output": "a"}', "line 1: input is list, not text"),
@@ -217,3 +225,35 @@ def test_text_that_is_not_utf8_is_named(tmp_path, tokenizer):
 def test_a_missing_file_is_named(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"absent\.json does not exist"):
         InstructionDataset(tmp_path / "absent.json", tokenizer, resolve_renderer(None, tokenizer, "empty"), length=64)
+
+
+def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_path, tokenizer, monkeypatch):
+    path, cache = tmp_path / "records.json", str(tmp_path / "cache")
+    path.write_text(json.dumps(RECORDS))
+    read = []
+
+    def noted(path):
+        read.append(path)
+        return read_records(path)
+
+    monkeypatch.setattr(instructions, "read_records", noted)
+
+    def opened(prompt_type="mistral", length=256):
+        renderer = resolve_renderer(prompt_type, tokenizer, "mistral")
+        return InstructionDataset(path, tokenizer, renderer, length=length, cache_path=cache)
+
+    first, again = opened(), opened()
+    assert len(read) == 1
+    for number in range(len(first)):
+        assert all((one == other).all() for one, other in zip(first[number][:3], again[number][:3], strict=True))
+    plain = InstructionDataset(path, tokenizer, resolve_renderer("mistral", tokenizer, "mistral"), length=256)
+    assert [plain.tokens(number) for number in range(5)] == [again.tokens(number) for number in range(5)]
+    read.clear()
+    short = opened(length=22)
+    assert short.skipped == opened(length=22).skipped == len(RECORDS) - len(short) > 0
+    opened("empty")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    opened()
+    path.write_text(json.dumps(RECORDS[:2]))
+    assert len(opened()) == 2
+    assert len(read) == 4

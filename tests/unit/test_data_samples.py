@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_patch.data.blend import BlendedDataset, blend_indices, blended
+from megatron_patch.data.blend import BlendedDataset, blended
+from megatron_patch.data.blend_order import blend_indices
 from megatron_patch.data.gpt import GPTDataset, build_indices
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.paths import Source, parse_blend
@@ -173,33 +173,3 @@ def test_an_overdrawn_dataset_is_named():
 def test_one_weighted_source_is_a_blend(corpora):
     case = {"split": "1", "seq_length": 8, "seed": 1}
     assert isinstance(blended([Source(corpora["A"], 0.3)], maker(case, "train"), 9), BlendedDataset)
-
-
-def test_cached_indices_are_reused_until_the_files_change(tmp_path, monkeypatch):
-    def open_dataset():
-        indexed = IndexedDataset(tmp_path / "x")
-        return GPTDataset(indexed, (0, len(indexed)), 20, seq_length=3, seed=1, cache_path=str(tmp_path / "cache"))
-
-    def write(count):
-        with IndexedDatasetBuilder(tmp_path / "x", "int32") as builder:
-            builder.add(np.arange(5 * count), [5] * count, [1] * count)
-
-    write(4)
-    built = open_dataset().indices
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron_patch.data.gpt.build_indices", lambda *_, **__: pytest.fail("built again"))
-        for ours, cached in zip(built, open_dataset().indices, strict=True):
-            assert ours.tolist() == cached.tolist() and ours.dtype == cached.dtype
-    write(4)
-    os.utime(tmp_path / "x.bin", (1, 1))
-    monkeypatch.setattr("megatron_patch.data.gpt.build_indices", lambda *_, **__: pytest.fail("built again"))
-    with pytest.raises(pytest.fail.Exception, match="built again"):
-        open_dataset()
-
-
-def test_a_thinned_cache_is_built_again(tmp_path, corpora):
-    arguments = (IndexedDataset(corpora["A"]), (0, 10), 20)
-    first = GPTDataset(*arguments, seq_length=8, seed=1, cache_path=str(tmp_path))
-    next(tmp_path.glob("*.1.npy")).write_bytes(b"")
-    again = GPTDataset(*arguments, seq_length=8, seed=1, cache_path=str(tmp_path))
-    assert again.indices.samples.tolist() == first.indices.samples.tolist()

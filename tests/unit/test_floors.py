@@ -26,8 +26,12 @@ LIGHT_MODULES = {
     "parallel/stages.py",
     "data/__init__.py",
     "data/index_header.py",
+    "data/inputs.py",
+    "data/json_lines.py",
     "data/paths.py",
+    "data/sidecar.py",
     "data/splits.py",
+    "data/zstd.py",
 }
 READING_THEMSELVES = {"config/model.py", "config/memory.py"}  # settings that their own methods read
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

@@ -1,0 +1,92 @@
+"""Several `.bin/.idx` pairs as one: `python3 -m megatron_patch.data.merge --input DIR --output-prefix P`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_patch.data.index_header import IndexHeader, read_header
+from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from megatron_patch.data.inputs import natural
+from megatron_patch.data.sidecar import describe, read_sidecar
+
+SUMMED = ("documents", "tokens", "empty")
+
+
+def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexHeader:
+    """Write the documents of all `prefixes`, in this order, as one pair; it appears when it is complete.
+
+    Where all have a sidecar the result has one. Raises ValueError when token types or tokenizers differ.
+    """
+    headers = [read_header(prefix) for prefix in prefixes]
+    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    _check_alike([header.dtype for header in headers], prefixes, "token types")
+    known = [sidecar["tokenizer"]["sha256"] for sidecar in sidecars if sidecar]
+    _check_alike(known, [prefix for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar], "tokenizers")
+    with IndexedDatasetBuilder(output_prefix, headers[0].dtype) as builder:
+        for prefix in tqdm(prefixes, unit="dataset", disable=None):
+            builder.append(IndexedDataset(prefix))
+        builder.finalize(_together(sidecars) if all(sidecars) else None)
+    return read_header(output_prefix)
+
+
+def find_datasets(directory: str | os.PathLike[str], output_prefix: str) -> list[str]:
+    """The prefixes of all pairs in `directory`, in natural order, without the one that is to be written.
+
+    Raises FileNotFoundError for a directory without pairs.
+    """
+    output = Path(f"{output_prefix}.idx").resolve()
+    indices = sorted((path for path in Path(directory).glob("*.idx") if path.resolve() != output), key=natural)
+    if not indices:
+        raise FileNotFoundError(f"{os.fspath(directory)!r} is no directory that holds .bin/.idx pairs")
+    return [os.fspath(path.with_suffix("")) for path in indices]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="megatron_patch.data.merge", allow_abbrev=False)
+    parser.add_argument("--input", required=True, metavar="DIR", help="directory of .bin/.idx pairs")
+    parser.add_argument("--output-prefix", required=True, help="<prefix>.bin and .idx are written")
+    options = parser.parse_args(argv)
+    try:
+        prefixes = find_datasets(options.input, options.output_prefix)
+        header = merge_datasets(prefixes, options.output_prefix)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130  # what a shell reports for a command that Ctrl-C ended
+    for prefix in prefixes:
+        print(f"read {prefix}")
+    print(f"{header.prefix}: {header.documents:,} documents, {header.tokens:,} tokens ({header.dtype})")
+    return 0
+
+
+def _check_alike(values: Sequence[str], prefixes: Sequence[str], what: str) -> None:
+    for value, prefix in zip(values, prefixes, strict=True):
+        if value != values[0]:
+            raise ValueError(f"{prefixes[0]} and {prefix} have different {what}; only alike datasets are merged")
+
+
+def _together(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts added up, sources of all; of how they were made, what is the same for all."""
+    first = sidecars[0]
+    counts = {name: sum(sidecar.get(name, 0) for sidecar in sidecars) for name in SUMMED}
+    counts["longest"] = max(sidecar.get("longest", 0) for sidecar in sidecars)
+    told = {"format_version", "tokenizer", "dtype", "sources", "skipped", *counts}
+    made = {
+        name: value
+        for name, value in first.items()
+        if name not in told and all(name in sidecar and sidecar[name] == value for sidecar in sidecars)
+    }
+    sources = [source for sidecar in sidecars for source in sidecar.get("sources", [])]
+    return describe(first["tokenizer"], first["dtype"], counts, sources, **made)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Fine-tuning samples in `.bin/.idx`: Pai-Megatron-Patch's documents, and what training makes of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_patch.config.data import DataConfig
+from megatron_patch.data.batches import training_batches, validation_batches
+from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from megatron_patch.data.instructions import Tokenised
+from megatron_patch.data.preprocess_sft import main
+from megatron_patch.data.sft_index import IndexedInstructions, document, segment_starts
+from megatron_patch.data.tokenizer import load_tokenizer
+
+LENGTH = 80
+QUESTIONS = [(f"n{number}", "yes " * (number % 5) + f"n{number}") for number in range(12)]
+SIZES = {"family_prompt": "mistral", "global_batch_size": 4, "micro_batch_size": 2}
+ALONE = {"rank": 0, "size": 1}
+
+
+@pytest.fixture
+def tokenizer(tokenizer_directory):
+    return load_tokenizer(tokenizer_directory)
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer_directory, capsys):
+    """Run the command on records; the prefix it wrote and what it printed."""
+
+    def run(records, *options):
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        arguments = ["--input", str(tmp_path / "records.jsonl"), "--output-prefix", str(tmp_path / "data")]
+        arguments += ["--tokenizer-model", str(tokenizer_directory), "--seq-length", str(LENGTH), "--workers", "1"]
+        assert main([*arguments, "--family-prompt", "mistral", *options]) == 0
+        return str(tmp_path / "data_text_document"), capsys.readouterr().out
+
+    return run
+
+
+def config_of(prefix, **changes):
+    config = DataConfig(
+        train_data_path=(prefix,),
+        valid_data_path=(prefix,),
+        split="50,50,0",
+        dataset="MMAP-SFT",
+        seq_length=LENGTH,
+        max_padding_length=LENGTH,
+    )
+    return replace(config, **changes)
+
+
+def records_of(questions=QUESTIONS):
+    return [{"instruction": question, "output": answer} for question, answer in questions]
+
+
+def ids_of(question, answer, tokenizer):
+    """Prompt and answer as tokens, from two calls of the tokenizer."""
+    prompt = tokenizer(f"[INST] {question} [/INST]").input_ids
+    whole = tokenizer(f"[INST] {question} [/INST] {answer}</s>").input_ids
+    assert whole[: len(prompt)] == prompt
+    return prompt, whole[len(prompt) :]
+
+
+def contracts_document(pairs, pad):
+    """The document of these (prompt, answer) pairs, by the rule of the format's documents."""
+    tokens, labels = [], []
+    for prompt, answer in pairs:
+        ids = prompt + answer
+        tokens += [*ids[:-1], -1 - ids[-1]]
+        labels += [-100] * (len(prompt) - 1) + answer + [-100]
+    padding = LENGTH - len(tokens)
+    return [*tokens, *[pad] * padding, *labels, *[-100] * padding]
+
+
+def rows_of(steps):
+    """Tokens, labels, mask and starts of every sample."""
+    for step in steps:
+        for batch in step:
+            starts = [None] * len(batch.tokens) if batch.starts is None else batch.starts
+            yield from zip(batch.tokens, batch.labels, batch.loss_mask, starts, strict=True)
+
+
+def test_documents_are_those_of_the_format(build, tokenizer):
+    prefix, _ = build(records_of())
+    indexed = IndexedDataset(prefix)
+    assert indexed[0].dtype == np.int32  # though the vocabulary would fit 16 bits
+    pad = tokenizer.eos_token_id
+    for number, (question, answer) in enumerate(QUESTIONS):
+        assert indexed[number].tolist() == contracts_document([ids_of(question, answer, tokenizer)], pad)
+
+
+def test_packed_documents_are_the_same_segments_in_fewer(build, tokenizer):
+    prefix, out = build(records_of(), "--pack")
+    indexed = IndexedDataset(prefix)
+    alone = {tuple(ids_of(*pair, tokenizer)[0] + ids_of(*pair, tokenizer)[1]): pair for pair in QUESTIONS}
+    seen = []
+    for number in range(len(indexed)):
+        stored = indexed[number][:LENGTH].tolist()
+        pairs, segment = [], []
+        for token in stored:
+            segment.append(-1 - token if token < 0 else token)
+            if token < 0:
+                pairs.append(alone[tuple(segment)])
+                segment = []
+        assert indexed[number].tolist() == contracts_document(
+            [ids_of(*pair, tokenizer) for pair in pairs], tokenizer.eos_token_id
+        )
+        seen += pairs
+    assert sorted(seen) == sorted(QUESTIONS) and len(indexed) <= 8
+    assert f"12 records in {len(indexed)} samples of {LENGTH} tokens" in out
+
+
+def test_a_long_answer_is_cut_and_goes_on_in_its_last_label(build, tokenizer):
+    prefix, out = build(
+        [*records_of(), {"instruction": "q", "output": "word " * 99}, {"instruction": "x " * 99, "output": "a"}]
+    )
+    stored, labels = IndexedDataset(prefix)[12].reshape(2, LENGTH)
+    prompt, answer = ids_of("q", "word " * 99, tokenizer)
+    assert stored[-1] == -1 - (prompt + answer)[LENGTH - 1]
+    assert labels.tolist() == ([-100] * (len(prompt) - 1) + answer)[:LENGTH]
+    assert "1 records truncated; 1 left out" in out
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_reads_tokens_labels_and_segments(build, tokenizer, packing):
+    prefix, _ = build(records_of(), *["--pack"] * packing)
+    config = config_of(prefix, valid_data_path=("elsewhere",), sft_packing=packing)
+    for tokens, labels, mask, starts in rows_of(training_batches(config, tokenizer, train_iters=6, **SIZES, **ALONE)):
+        assert tokens.min() >= 0 and labels.min() >= 0
+        begins = sorted(set(starts.tolist()))
+        for begin, end in zip(begins, [*begins[1:], LENGTH], strict=True):
+            learned = mask[begin:end] > 0
+            if not learned.any():
+                assert end == LENGTH  # the padding
+                continue
+            question = tokenizer.decode(tokens[begin:end][: int(learned.nonzero()[0])]).split()[2]
+            answer = dict(QUESTIONS)[question]
+            prompt, wanted = ids_of(question, answer, tokenizer)
+            assert labels[begin:end][learned].tolist() == wanted
+            assert tokens[begin:end].tolist() == prompt + wanted
+            assert learned.nonzero().flatten().tolist() == list(range(len(prompt) - 1, end - begin - 1))
+
+
+def test_a_packed_file_keeps_its_segments_apart_without_being_told(build, tokenizer):
+    prefix, _ = build(records_of(), "--pack")
+    both = [
+        list(rows_of(training_batches(config_of(prefix, sft_packing=told), tokenizer, train_iters=2, **SIZES, **ALONE)))
+        for told in (False, True)
+    ]
+    for one, other in zip(*both, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert max(len(set(starts.tolist())) for *_, starts in both[0]) >= 3
+
+
+@pytest.fixture
+def unmarked(tmp_path, tokenizer):
+    """Two segments and padding, one segment, as files of before the marks have them."""
+    pairs = [ids_of(question, answer, tokenizer) for question, answer in QUESTIONS[:3]]
+    with IndexedDatasetBuilder(tmp_path / "old", "int32") as builder:
+        for group in (pairs[:2], pairs[2:]):
+            numbers = np.array(contracts_document(group, tokenizer.eos_token_id))
+            tokens = numbers[:LENGTH]
+            numbers[:LENGTH] = np.where(tokens < 0, -1 - tokens, tokens)
+            builder.add(numbers, [len(numbers)], [1])
+    return str(tmp_path / "old"), [sum(map(len, pair)) for pair in pairs]
+
+
+def samples(prefix, tokenizer, *, is_packed):
+    return IndexedInstructions(
+        prefix, lambda position: position, 2, seq_length=LENGTH, eos=tokenizer.eos_token_id, is_packed=is_packed
+    )
+
+
+def test_a_file_without_marks_is_one_segment_a_sample(unmarked, tokenizer):
+    prefix, _ = unmarked
+    dataset = samples(prefix, tokenizer, is_packed=False)
+    assert not dataset.has_marks
+    assert [dataset[number].starts for number in range(2)] == [None, None]
+    answers = [len(ids_of(*pair, tokenizer)[1]) for pair in QUESTIONS[:3]]
+    assert [dataset[number].loss_mask.sum() for number in range(2)] == [sum(answers[:2]), answers[2]]
+
+
+def test_a_packed_file_without_marks_is_cut_after_eos_but_its_padding_is_not(unmarked, tokenizer):
+    prefix, (first, second, third) = unmarked
+    dataset = samples(prefix, tokenizer, is_packed=True)
+    both = first + second
+    assert dataset[0].starts.tolist() == [0] * first + [first] * second + [both] * (LENGTH - both)
+    assert dataset[1].starts.tolist() == [0] * third + [third] * (LENGTH - third)
+
+
+def test_segments_start_after_each_end():
+    ends = np.array([False, True, True, False, False])
+    assert segment_starts(ends).tolist() == [0, 0, 2, 3, 3]
+
+
+def test_each_epoch_has_every_sample_once_and_continues_where_it_was(build, tokenizer):
+    prefix, _ = build(records_of())
+    config = config_of(prefix, valid_data_path=("elsewhere",))
+    whole = [row[0].tolist() for row in rows_of(training_batches(config, tokenizer, train_iters=6, **SIZES, **ALONE))]
+    assert sorted(whole[:12]) == sorted(whole[12:]) and whole[:12] != whole[12:]
+    rest = rows_of(training_batches(config, tokenizer, train_iters=6, start_iteration=2, **SIZES, **ALONE))
+    assert [row[0].tolist() for row in rest] == whole[8:]
+
+
+def test_training_and_validation_share_no_sample(build, tokenizer):
+    config = config_of(build(records_of())[0])
+    train = {
+        tuple(row[0].tolist()) for row in rows_of(training_batches(config, tokenizer, train_iters=4, **SIZES, **ALONE))
+    }
+    valid = {
+        tuple(row[0].tolist()) for row in rows_of(validation_batches(config, tokenizer, eval_iters=4, **SIZES, **ALONE))
+    }
+    assert (len(train), len(valid), train & valid) == (6, 6, set())
+
+
+def test_blends_are_of_samples_too(build, tokenizer, tmp_path):
+    prefix, _ = build(records_of())
+    config = config_of(prefix, train_data_path=("3", prefix, "1", prefix), valid_data_path=("elsewhere",))
+    assert len(list(rows_of(training_batches(config, tokenizer, train_iters=5, **SIZES, **ALONE)))) == 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "message"),
+    [("uint16", 2 * LENGTH, "is of uint16"), ("int32", 64, f"of 2 × 32 numbers; with SEQ_LEN {LENGTH}")],
+)
+def test_a_pair_of_another_kind_or_length_is_refused(tmp_path, tokenizer, dtype, size, message):
+    with IndexedDatasetBuilder(tmp_path / "other", dtype) as builder:
+        builder.add(np.zeros(2 * size), [size] * 2, [1] * 2)
+    config = config_of(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=message):
+        training_batches(config, tokenizer, train_iters=1, **SIZES, **ALONE)
+
+
+def test_records_that_do_not_fit_are_refused():
+    record = Tokenised(np.arange(50, dtype=np.int32), np.ones(50, bool))
+    with pytest.raises(ValueError, match="records of 100 tokens do not fit in a sample of 80"):
+        document([record, record], LENGTH, 0)
+
+
+def test_the_sidecar_says_what_was_made(build, tokenizer):
+    prefix, _ = build(records_of(), "--pack")
+    told = json.loads(Path(f"{prefix}.json").read_text())
+    assert (told["kind"], told["seq_length"], told["pack"], told["dtype"]) == ("fine-tuning", LENGTH, True, "int32")
+    assert (told["documents"], told["records"]) == (len(IndexedDataset(prefix)), 12)
+
+
+def test_shown_samples_highlight_what_is_learned(build):
+    _, out = build(records_of(), "--show-samples", "2")
+    assert out.startswith("<s> [INST] n0 [/INST]⟦ n0</s>⟧\n\n<s> [INST] n1 [/INST]⟦ yes n1</s>⟧\n\n")
+    assert "n2" not in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"instruction": "q", "output": "a"}\n{"instruction": "q"}\n', "line 2: no output"),
+        ('{"instruction": "' + "long " * 99 + '", "output": "a"}\n', "none of 1 records has a prompt of at most 80"),
+        ("", "holds no record"),
+    ],
+)
+def test_a_file_that_cannot_be_used_leaves_nothing(text, message, tmp_path, tokenizer_directory, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/records.jsonl").write_text(text)
+    arguments = ["--input", str(tmp_path / "in/records.jsonl"), "--output-prefix", str(tmp_path / "out/data")]
+    assert main([*arguments, "--tokenizer-model", str(tokenizer_directory), "--seq-length", str(LENGTH)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
