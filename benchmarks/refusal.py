@@ -21,7 +21,6 @@ COMMAND = [
 CASES = {
     "wrong count": COMMAND[:10],
     "wrong value": [*COMMAND[:9], "four", *COMMAND[10:]],
-    "capability not built": [*COMMAND[:16], "true", *COMMAND[17:]],
     "wrong MODEL_SIZE": ["dsw", "9B", *COMMAND[2:]],
     "refused by the plan": [*COMMAND[:9], "3", *COMMAND[10:]],
 }

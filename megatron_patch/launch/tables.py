@@ -1,6 +1,5 @@
 """The tables of training and preprocessing, the environment variables, and every launcher by name."""
 
-from megatron_patch.launch import unbuilt
 from megatron_patch.launch.conversion_tables import CONVERTERS
 from megatron_patch.launch.dataset_tables import DATASET_TOOLS
 from megatron_patch.launch.launcher import PP0_LAYERS, Launcher, size
@@ -94,9 +93,7 @@ VARIABLES: Table = (
 
 
 LAUNCHERS = {
-    "mistral": Launcher(
-        "training", TRAINING, variables=VARIABLES, unbuilt=unbuilt.TRAINING, families=("mistral", "mixtral")
-    ),
+    "mistral": Launcher("training", TRAINING, variables=VARIABLES, families=("mistral", "mixtral")),
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
     **CONVERTERS,

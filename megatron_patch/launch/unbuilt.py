@@ -7,8 +7,6 @@ from megatron_patch.launch.positional import UsageError
 # argument, is this value beyond what is built?, the capability, what to use instead
 Line = tuple[str, Callable[[Mapping[str, object]], bool], str, str]
 
-TRAINING: tuple[Line, ...] = ()
-
 
 def check_built(lines: tuple[Line, ...], values: Mapping[str, object], where: Callable[[str], str]) -> None:
     """Raise UsageError naming every value that a later version will accept; lines of absent names do not apply.
