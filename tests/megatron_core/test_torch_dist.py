@@ -1,6 +1,9 @@
 """Megatron-Core reads the distributed checkpoints that we write, and we read those that it writes."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +57,13 @@ def visited(sources, tmp_path_factory):
     (root / "cases.json").write_text(json.dumps(cases))
     with (root / "log").open("w") as log:  # a pipe would stay open as long as any process that Megatron-Core forks
         command = [sys.executable, READER, root / "cases.json"]
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT)
-    assert done.returncode == 0, (root / "log").read_text()[-2000:]
+        reader = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = reader.wait(TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(reader.pid, signal.SIGKILL)  # Megatron-Core's writers outlive it
+    assert status == 0, (root / "log").read_text()[-2000:]
     return root
 
 
