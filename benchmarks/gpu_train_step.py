@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -206,9 +207,9 @@ def product_seconds(size: int, precision: str, device: torch.device, rounds: int
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     if precision == "fp8":
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device=device)
-        product = lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
+        product = partial(torch._scaled_mm, a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     else:
-        product = lambda: a @ b  # noqa: E731
+        product = partial(torch.matmul, a, b)
     shortest = float("inf")
     for _ in range(rounds):
         synchronise(device)

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.distcp import DATA, INDEX, BlankBox, lay_out
 from megatron_patch.checkpoint.interface import Source, Target, Written
-from megatron_patch.checkpoint.mcore import TRACKER, iteration_name
+from megatron_patch.checkpoint.mcore import iteration_name
 from megatron_patch.checkpoint.stream import Piece, Place, fill
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 

@@ -15,10 +15,10 @@ from megatron_patch.checkpoint.dcp_boxes import overlap
 from megatron_patch.checkpoint.distcp import Part, Stored, map_part, read_index
 from megatron_patch.checkpoint.mcore import latest_directory
 from megatron_patch.checkpoint.stream import run_in_threads
+from megatron_patch.config.checkpoint import RUN
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
-RUN = "run.json"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

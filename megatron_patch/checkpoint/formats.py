@@ -7,8 +7,9 @@ from types import MappingProxyType
 from megatron_patch.checkpoint.hf import holds_hf, open_hf, write_hf
 from megatron_patch.checkpoint.interface import Format, Source, Target, Written
 from megatron_patch.checkpoint.legacy import LEGACY_FORMATS
-from megatron_patch.checkpoint.mcore import TRACKER, check_mcore, holds_mcore, latest_directory, write_mcore
+from megatron_patch.checkpoint.mcore import check_mcore, holds_mcore, latest_directory, write_mcore
 from megatron_patch.checkpoint.mcore_source import open_mcore
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 

@@ -19,11 +19,12 @@ from megatron_patch.checkpoint.atomic import write_text
 from megatron_patch.checkpoint.interface import Format, Source, Target, Written
 from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
 from megatron_patch.checkpoint.legacy_source import open_legacy, spelling_of
-from megatron_patch.checkpoint.mcore import RANK_FILE, TRACKER, iteration_name
+from megatron_patch.checkpoint.mcore import iteration_name
 from megatron_patch.checkpoint.megatron_args import megatron_args
 from megatron_patch.checkpoint.placement import check_layout, rank_name, ranks, stage_ranges
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, Item, Spelling, items
 from megatron_patch.checkpoint.stream import Piece, Stack, write_pt
+from megatron_patch.config.checkpoint import RANK_FILE, TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 

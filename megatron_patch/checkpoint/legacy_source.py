@@ -17,11 +17,12 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
+from megatron_patch.checkpoint.mcore import latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args
 from megatron_patch.checkpoint.placement import Rank
 from megatron_patch.checkpoint.spellings import ENCODER, SPELLINGS, ZEROS, Item, Spelling, items
 from megatron_patch.checkpoint.unpickle import read_pt
+from megatron_patch.config.checkpoint import RANK_FILE
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 

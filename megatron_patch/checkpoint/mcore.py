@@ -30,11 +30,10 @@ from megatron_patch.checkpoint.placement import (
     stage_ranges,
 )
 from megatron_patch.checkpoint.stream import Piece, write_pt
+from megatron_patch.config.checkpoint import RANK_FILE, TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RANK_FILE = "model_optim_rng.pt"
 MOST_DIGITS = 18  # of an iteration
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_patch.checkpoint.interface import Target
 from megatron_patch.checkpoint.layouts import join, same_bits, shard_shape
-from megatron_patch.checkpoint.mcore import RANK_FILE, latest_directory, rank_directories
+from megatron_patch.checkpoint.mcore import latest_directory, rank_directories
 from megatron_patch.checkpoint.megatron_args import check_args, stored_args, stored_size
 from megatron_patch.checkpoint.placement import (
     Rank,
@@ -28,6 +28,7 @@ from megatron_patch.checkpoint.placement import (
     spelling_of,
 )
 from megatron_patch.checkpoint.unpickle import read_pt
+from megatron_patch.config.checkpoint import RANK_FILE
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import EMBEDDING, Entry, check_complete
 from megatron_patch.parallel.stages import layer_ranges

@@ -30,11 +30,12 @@ from megatron_patch.checkpoint.distcp import (
     resolve_parts,
 )
 from megatron_patch.checkpoint.interface import Source, Target, Written
-from megatron_patch.checkpoint.mcore import TRACKER, iteration_name, latest_directory
+from megatron_patch.checkpoint.mcore import iteration_name, latest_directory
 from megatron_patch.checkpoint.megatron_args import check_architecture, megatron_args, stored_args
 from megatron_patch.checkpoint.stream import Piece, fill
 from megatron_patch.checkpoint.stream import Place as FilePlace
 from megatron_patch.checkpoint.unpickle import read_pt
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from megatron_patch.config.setting import setting
 
+TRACKER = "latest_checkpointed_iteration.txt"  # names the last iteration that is whole
+RANK_FILE = "model_optim_rng.pt"  # what one rank of Megatron's classic format writes
+RUN = "run.json"  # what training records beside its weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

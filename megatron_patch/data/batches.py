@@ -78,7 +78,7 @@ class Batches:
 
     def _batch(self, positions: Sequence[int]) -> Batch:
         samples = [self.dataset[self.order(position)] for position in positions]
-        tokens, labels, loss_mask = (np.stack(part) for part in list(zip(*samples, strict=True))[:3])
+        tokens, labels, loss_mask = (np.stack(part) for part in zip(*(sample[:3] for sample in samples), strict=True))
         highest = max(int(tokens.max()), int(labels.max()))
         lowest = min(int(tokens.min()), int(labels.min()))
         if highest >= self.vocabulary or lowest < 0:

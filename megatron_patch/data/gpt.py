@@ -111,7 +111,7 @@ class GPTDataset:
             if self._documents.is_end_masked:
                 loss_mask[is_end] = 0
             if self._documents.are_apart:
-                starts = _starts(is_end)
+                starts = segment_starts(is_end)
         return Sample(tokens, window[1:], loss_mask, starts)
 
     def _window(self, sample: int) -> npt.NDArray:
@@ -125,8 +125,8 @@ class GPTDataset:
         return np.concatenate(parts, dtype=np.int64)
 
 
-def _starts(is_end: npt.NDArray) -> npt.NDArray:
-    """Where the document of each token begins, int64 [S]; an end belongs to the document that it ends."""
+def segment_starts(is_end: npt.NDArray) -> npt.NDArray:
+    """For each token [S] the position of its segment's first one, int64, where `is_end` is true of the last ones."""
     starts = np.zeros(len(is_end), np.int64)
     begins = 1 + np.flatnonzero(is_end[:-1])
     starts[begins] = begins

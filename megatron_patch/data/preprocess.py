@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_patch.data.command_line import limit_threads, positive, status_of
 from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, Rows, check_readable, read_rows, resolve_inputs
@@ -113,24 +114,19 @@ def preprocess(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    # The tokenizer's thread pool reads these once, at its first use.
-    os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(options.workers))
+    limit_threads(options.workers)
+    return status_of(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe._fields})
     started = time.perf_counter()
-    try:
-        paths = resolve_inputs(options.input, options.recursive)
-        tokenizer = load_tokenizer(
-            options.tokenizer_model, options.trust_remote_code, use_fast=not options.tokenizer_not_use_fast
-        )
-        summary = preprocess(paths, options.output_prefix, tokenizer, recipe)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130  # what a shell reports for a command that Ctrl-C ended
+    paths = resolve_inputs(options.input, options.recursive)
+    tokenizer = load_tokenizer(
+        options.tokenizer_model, options.trust_remote_code, use_fast=not options.tokenizer_not_use_fast
+    )
+    summary = preprocess(paths, options.output_prefix, tokenizer, recipe)
     _tell(summary, time.perf_counter() - started)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,20 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     flag("--json-keys", nargs="+", default=["text"], help="keys that hold text, a pair of files each")
     flag("--append-eod", **switch, help="end every document with the EOS token")
     flag("--prepend-bos", **switch, help="begin every document with the BOS token, if the tokenizer's own texts do")
-    flag("--seq-length", type=_positive, help="leave out records with a document of as many tokens or more")
+    flag("--seq-length", type=positive, help="leave out records with a document of as many tokens or more")
     flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
     flag("--recursive", **switch, help="of a directory, also what its directories hold")
-    flag("--workers", type=_positive, default=os.cpu_count() or 1, help="tokenising threads")
+    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--tokenizer-not-use-fast", **switch, help="the slow tokenizer, where the directory has one")
     flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[int], list[int]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.chat_template import resolve_renderer
+from megatron_patch.data.command_line import count, limit_threads, positive, status_of
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.instructions import Tokenised, nothing_left, pad_id, tokenised
 from megatron_patch.data.packing import pack
@@ -96,30 +97,25 @@ def _description(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    # The tokenizer's thread pool reads these once, at its first use.
-    os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(options.workers))
+    limit_threads(options.workers)
+    return status_of(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    try:
-        tokenizer = load_tokenizer(options.tokenizer_model, options.trust_remote_code)
-        renderer = resolve_renderer(options.prompt_type, tokenizer, options.family_prompt)
-        for record in islice(tokenised(options.input, tokenizer, renderer), options.show_samples):
-            print(shown(record, tokenizer, is_terminal=sys.stdout.isatty()), end="\n\n")
-        report = preprocess(
-            options.input,
-            options.output_prefix,
-            tokenizer,
-            renderer,
-            seq_length=options.seq_length,
-            is_packed=options.pack,
-        )
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130  # what a shell reports for a command that Ctrl-C ended
+    tokenizer = load_tokenizer(options.tokenizer_model, options.trust_remote_code)
+    renderer = resolve_renderer(options.prompt_type, tokenizer, options.family_prompt)
+    for record in islice(tokenised(options.input, tokenizer, renderer), options.show_samples):
+        print(shown(record, tokenizer, is_terminal=sys.stdout.isatty()), end="\n\n")
+    report = preprocess(
+        options.input,
+        options.output_prefix,
+        tokenizer,
+        renderer,
+        seq_length=options.seq_length,
+        is_packed=options.pack,
+    )
     _tell(report, options.seq_length, time.perf_counter() - started)
-    return 0
 
 
 def _tell(report: Report, seq_length: int, seconds: float) -> None:
@@ -142,28 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     flag("--input", required=True, help="JSON or JSON lines, one conversation per record")
     flag("--output-prefix", required=True, help="<prefix>_text_document.bin, .idx and .json are written")
     flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory")
-    flag("--seq-length", type=_positive, required=True, help="tokens per sample, SEQ_LEN of the training")
+    flag("--seq-length", type=positive, required=True, help="tokens per sample, SEQ_LEN of the training")
     flag("--pack", **switch, help="several records per sample")
     names = ", ".join(PROMPTS)
     flag("--prompt-type", help=f"template: {names}; absent: the tokenizer's own, else --family-prompt's")
     flag("--family-prompt", default="alpaca", help="template where the tokenizer has none")
-    flag("--show-samples", type=_count, default=0, metavar="N", help="print N records, what is learned highlighted")
-    flag("--workers", type=_positive, default=os.cpu_count() or 1, help="tokenising threads")
+    flag("--show-samples", type=count, default=0, metavar="N", help="print N records, what is learned highlighted")
+    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := _count(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.blend import SampleDataset, blended
-from megatron_patch.data.gpt import Sample
+from megatron_patch.data.gpt import Sample, segment_starts
 from megatron_patch.data.index_header import check_sample_documents, read_header
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.instructions import Tokenised
@@ -95,12 +95,6 @@ def document(records: Sequence[Tokenised], seq_length: int, pad: int) -> npt.NDA
         tokens[end - 1] = -1 - tokens[end - 1]
         begin = end
     return np.concatenate([tokens, labels])
-
-
-def segment_starts(is_end: npt.NDArray) -> npt.NDArray:
-    """For each token [S] the position of its segment's first one, where `is_end` is true of the last ones."""
-    is_first = np.concatenate([[True], is_end[:-1]])
-    return np.maximum.accumulate(np.where(is_first, np.arange(len(is_end)), 0))
 
 
 def _ends(tokens: npt.NDArray, is_learned: npt.NDArray, eos: int | None) -> npt.NDArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import parameter_count
 from megatron_patch.families.resolve import Resolved, from_checkpoint
@@ -23,7 +24,6 @@ from megatron_patch.launch.options import check_options, option_value
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.size import resolve_size
 from megatron_patch.plan.disk import check_writable, present_obstacles
-from megatron_patch.plan.weights import TRACKER
 
 OPTIONS = (
     *("--dtype", "--overwrite", "--transformer-impl", "--experts", "--etp", "--vp", "--assets"),

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families import ALL
 from megatron_patch.launch.conversion import OPTIONS, Conversion, architecture, checkpoint_root, finish
 from megatron_patch.launch.options import check_options, option_value
 from megatron_patch.launch.positional import Request, UsageError
-from megatron_patch.plan.weights import TRACKER
 
 EXPORT = "mg2hg"  # the directory that appears inside --save-dir
 LOADERS = {  # the families whose Hugging Face directories each reads; none: a Megatron checkpoint

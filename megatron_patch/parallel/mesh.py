@@ -52,11 +52,6 @@ class Mesh:
         """Whether this rank embeds the tokens."""
         return self.pp.rank == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.pp.rank == self.pp.size - 1
-
 
 def single_process(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of one process that has no process group."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.config.checkpoint import RUN, TRACKER
 from megatron_patch.config.run import RunConfig
-from megatron_patch.plan.weights import RUN, TRACKER
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # What makes a run another one, with the model's architecture: where its samples and its first weights come from.
@@ -53,11 +53,6 @@ class Start:
 
     candidates: tuple[Recorded, ...]
     is_own: bool  # the checkpoint is of this output directory, not one that --resume names
-
-    @property
-    def checkpoint(self) -> Recorded | None:
-        """The checkpoint to continue; None for a new run."""
-        return self.candidates[0] if self.candidates else None
 
 
 def resolve_start(run: RunConfig) -> Start:

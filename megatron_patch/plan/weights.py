@@ -4,9 +4,8 @@ import json
 import zipfile
 from pathlib import Path
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RANK_FILE = "model_optim_rng.pt"
-RUN = "run.json"
+from megatron_patch.config.checkpoint import RANK_FILE, RUN, TRACKER
+
 DISTRIBUTED_INDEX = ".metadata"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its header

@@ -8,12 +8,11 @@ from typing import Any
 
 from megatron_patch.checkpoint.assets import MODEL, TOKENIZER, copy_assets, write_dtype
 from megatron_patch.checkpoint.atomic import write_text
+from megatron_patch.config.checkpoint import RUN
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import DTYPES
-
-RUN = "run.json"
 
 
 def write_companions(run: RunConfig, root: Path) -> None:

@@ -61,7 +61,8 @@ def clip_gradients(
     not copies.
     """
     gradients = {name: local(p.grad) for name, p in named_parameters(chunks).items()}
-    copies = {parameter_name(entry): _copies(entry, mesh, sharded) for entry in entries}
+    # A layer's experts share a parameter: the first stands for all of them, which may be ten thousands.
+    copies = {parameter_name(entry): _copies(entry, mesh, sharded) for entry in entries if not entry.expert}
     if not mesh.is_first_stage and _is_tied(chunks):
         gradients_once = {name: gradient for name, gradient in gradients.items() if name != EMBEDDING}
     else:

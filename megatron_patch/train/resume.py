@@ -13,8 +13,9 @@ from megatron_patch.checkpoint.dcp import OPTIMIZER, damage
 from megatron_patch.checkpoint.dcp_source import read_region, read_weights_index, recorded_files
 from megatron_patch.checkpoint.distcp import Stored
 from megatron_patch.checkpoint.formats import detect_format
-from megatron_patch.checkpoint.mcore import TRACKER, latest_directory
+from megatron_patch.checkpoint.mcore import latest_directory
 from megatron_patch.checkpoint.source import open_checkpoint
+from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry

@@ -23,13 +23,14 @@ from megatron_patch.checkpoint.atomic import (
     write_text,
 )
 from megatron_patch.checkpoint.dcp import OPTIMIZER, RANDOM, TensorBox, checksum, files_of_rank, write_boxes
-from megatron_patch.checkpoint.mcore import TRACKER, iteration_name
+from megatron_patch.checkpoint.mcore import iteration_name
+from megatron_patch.config.checkpoint import RUN, TRACKER
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.companions import RUN, as_json, write_companions
+from megatron_patch.train.companions import as_json, write_companions
 from megatron_patch.train.device import synchronise
 from megatron_patch.train.parameters import named_parameters
 from megatron_patch.train.pieces import is_second_copy, pieces

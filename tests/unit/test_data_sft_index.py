@@ -10,10 +10,11 @@ import torch
 
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.batches import training_batches, validation_batches
+from megatron_patch.data.gpt import segment_starts
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.instructions import Tokenised
 from megatron_patch.data.preprocess_sft import main
-from megatron_patch.data.sft_index import IndexedInstructions, document, segment_starts
+from megatron_patch.data.sft_index import IndexedInstructions, document
 from megatron_patch.data.tokenizer import load_tokenizer
 
 LENGTH = 80

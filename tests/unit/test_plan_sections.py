@@ -161,7 +161,7 @@ def test_an_earlier_launch_of_the_run_is_continued_and_another_run_is_kept(tmp_p
     iteration.mkdir(parents=True)
     (iteration / "run.json").write_text(json.dumps({"iteration": 9, "files": {}, "run": asdict(ours)}))
     assert look(ours) == ([], [])
-    assert resolve_start(ours).checkpoint.iteration == 9
+    assert resolve_start(ours).candidates[0].iteration == 9
     now, wrong = look(run(tmp_path, "--seed", "3"))
     assert (
         wrong == [] and "checkpoints of another run" in now[0] and "seed: 1234 in the recorded run, 3 in this" in now[0]

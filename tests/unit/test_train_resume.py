@@ -142,7 +142,7 @@ def test_another_run_is_refused_with_what_differs(run, differ, told):
     elsewhere = changed(other, save=run.checkpoint.save + "2", resume=run.checkpoint.save)
     with pytest.raises(ValueError, match=rf"--resume .* is of another run:\n  (.*\n)*.*{told}"):
         resolve_start(elsewhere)
-    assert resolve_start(changed(other, overwrite=True)).checkpoint is None
+    assert not resolve_start(changed(other, overwrite=True)).candidates
 
 
 def test_a_replaced_run_is_deleted_only_when_there_is_another(run, monkeypatch):
@@ -178,7 +178,7 @@ def test_another_runs_checkpoint_is_resumed_for_longer_and_then_continues_its_ow
     assert "continued from iteration 3, this run's own" in capsys.readouterr().out
     assert [line["iteration"] for line in lines(resuming)] == [3, 4]
     one = changed(run, save=str(tmp_path / "one"), resume=str(iteration(run, 1)))
-    assert resolve_start(one).checkpoint.iteration == 1
+    assert resolve_start(one).candidates[0].iteration == 1
 
 
 def test_resuming_what_is_not_there_is_an_error(run, tmp_path):
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used_when_allowe
 def test_without_a_tracker_the_last_complete_iteration_is_continued(run):
     train(dataclasses.replace(run, train_iters=2), single_process())
     (root_of(run) / TRACKER).unlink()
-    assert resolve_start(run).checkpoint.iteration == 2
+    assert resolve_start(run).candidates[0].iteration == 2
 
 
 def test_a_full_disk_during_a_save_is_said_and_the_run_goes_on(run, capsys, monkeypatch):
