@@ -30,7 +30,7 @@ from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.parallel.mesh import build_mesh, single_process
-from megatron_patch.train.weights import RandomWeights
+from megatron_patch.weights.load import RandomWeights
 
 SAMPLES, RANKS = 8, 2
 DENSE = {

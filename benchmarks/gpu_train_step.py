@@ -40,7 +40,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh
 from megatron_patch.plan.flops import training_flops
-from megatron_patch.train.weights import RandomWeights
+from megatron_patch.weights.load import RandomWeights
 
 WARM_UP = 3
 PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine", "torchao", "flash-attn")

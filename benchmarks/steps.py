@@ -26,7 +26,7 @@ from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import train_step
-from megatron_patch.train.weights import Source, load_weights
+from megatron_patch.weights.load import Source, load_weights
 
 Step = Callable[[], float]  # trains once and returns the loss, or this rank's part of it
 OPTIMIZER = OptimizerConfig(lr=1e-4, min_lr=1e-5, lr_decay_iters=100)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.loss_scale import LEAST, LossScale
-from megatron_patch.train.parameters import local, named_parameters
 from megatron_patch.train.step import StepResult
+from megatron_patch.weights.parameters import local, named_parameters
 
 
 @dataclass

@@ -10,7 +10,7 @@ from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.parameters import local, named_parameters, parameter_name
+from megatron_patch.weights.parameters import local, named_parameters, parameter_name
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Iterable[GPTModel]) -> torch.optim.AdamW:

@@ -12,7 +12,7 @@ from megatron_patch.checkpoint.dcp_source import read_region
 from megatron_patch.checkpoint.distcp import Stored
 from megatron_patch.families.manifest import EMBEDDING, Entry
 from megatron_patch.parallel.mesh import Axis, Mesh
-from megatron_patch.train.parameters import local, parameter_name, shard_axis
+from megatron_patch.weights.parameters import local, parameter_name, shard_axis
 
 
 @dataclass(frozen=True)

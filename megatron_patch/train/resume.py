@@ -23,10 +23,10 @@ from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.plan.start import Recorded, Start, changes, resolve_start
-from megatron_patch.train.parameters import named_parameters
 from megatron_patch.train.pieces import Piece, pieces, read_piece
 from megatron_patch.train.save import MOMENTS, random_state
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
+from megatron_patch.weights.parameters import named_parameters
 
 
 @dataclass(frozen=True)

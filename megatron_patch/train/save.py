@@ -32,9 +32,9 @@ from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.companions import as_json, write_companions
 from megatron_patch.train.device import synchronise
-from megatron_patch.train.parameters import named_parameters
 from megatron_patch.train.pieces import is_second_copy, pieces
 from megatron_patch.train.save_torch import save_weights
+from megatron_patch.weights.parameters import named_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -18,7 +18,7 @@ from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.parallel.stages import resolve_stages
-from megatron_patch.train.parameters import entry_tensors, named_parameters
+from megatron_patch.weights.parameters import entry_tensors, named_parameters
 
 
 def save_weights(

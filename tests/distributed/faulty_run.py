@@ -14,7 +14,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.train import save, shared_output, step
 from megatron_patch.train.loop import train
-from megatron_patch.train.parameters import local, named_parameters
+from megatron_patch.weights.parameters import local, named_parameters
 from tiny_run import mesh_of
 
 

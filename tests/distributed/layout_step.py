@@ -29,10 +29,10 @@ from megatron_patch.parallel.grid import Grid, resolve_grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh, single_process
 from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
-from megatron_patch.train.parameters import entry_tensors, named_parameters
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import backward, evaluate, train_step
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
+from megatron_patch.weights.parameters import entry_tensors, named_parameters
 from ranks import run_ranks
 from tiny_models import LENGTH, MICRO_BATCH, MODELS, SAMPLES, micro_batches
 

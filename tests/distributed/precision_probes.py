@@ -14,10 +14,10 @@ from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.finite import Streak
 from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
-from megatron_patch.train.parameters import local, named_parameters
 from megatron_patch.train.passes import Passes, build_passes
 from megatron_patch.train.routing import router_fields
 from megatron_patch.train.step import backward, train_step
+from megatron_patch.weights.parameters import local, named_parameters
 from tiny_models import micro_batches
 
 

@@ -25,8 +25,8 @@ from megatron_patch.families.resolve import read_config
 from megatron_patch.model.build import build_model
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.mesh import single_process
-from megatron_patch.train.parameters import entry_tensors
-from megatron_patch.train.weights import load_weights
+from megatron_patch.weights.load import load_weights
+from megatron_patch.weights.parameters import entry_tensors
 
 VOCABULARY = 101
 DENSE = {

@@ -16,8 +16,9 @@ FLOORS = (  # lowest first; packages on one floor never import each other
     {"families"},
     {"parallel", "data"},
     {"model", "checkpoint", "plan"},
-    {"verify"},
-    {"train", "convert", "launch"},
+    {"weights"},
+    {"verify", "inference"},
+    {"train", "convert", "launch", "generate", "evaluate", "doctor"},
 )
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 STANDARD_LIBRARY_ONLY = {"config", "families", "plan", "launch"}

@@ -12,7 +12,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.model.activations import is_moved
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 MIXTURE = ModelConfig(
     num_layers=4,

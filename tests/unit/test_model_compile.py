@@ -16,7 +16,7 @@ from megatron_patch.model.activations import is_moved
 from megatron_patch.model.build import build_model
 from megatron_patch.model.compilation import compile_layers, is_compiled
 from megatron_patch.parallel.mesh import single_process
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 DENSE = ModelConfig(
     num_layers=3,

@@ -11,7 +11,7 @@ from megatron_patch.model.build import build_model
 from megatron_patch.model.float8 import use_float8
 from megatron_patch.model.linear import ColumnLinear
 from megatron_patch.parallel.mesh import Axis, single_process
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 CONFIG = ModelConfig(
     num_layers=2,

@@ -17,7 +17,7 @@ from megatron_patch.model.build import build_model
 from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.plan.activations import activation_bytes
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 SAMPLES, LENGTH, FP32 = 2, 128, 4
 GROUPED = ModelConfig(

@@ -14,7 +14,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.plan.flops import training_flops
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 LENGTH = 24
 DENSE = ModelConfig(

@@ -15,7 +15,7 @@ from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.companions import write_companions
 from megatron_patch.train.loop import train
-from megatron_patch.train.weights import RandomWeights
+from megatron_patch.weights.load import RandomWeights
 
 
 @pytest.fixture

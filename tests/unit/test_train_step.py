@@ -19,7 +19,7 @@ from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.passes import OneStage
 from megatron_patch.train.step import StepResult, evaluate, train_step
-from megatron_patch.train.weights import RandomWeights, load_weights
+from megatron_patch.weights.load import RandomWeights, load_weights
 
 MESH, SCALE = single_process(), LossScale.of("fp32")
 OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=0.0, lr_decay_iters=10)

@@ -1,4 +1,4 @@
-"""The weights a run starts from: read from a checkpoint, or drawn."""
+"""The weights a model starts from: read from a checkpoint, or drawn."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.mesh import Mesh
-from megatron_patch.train.parameters import local_expert, named_parameters, parameter_name, shard_axis
+from megatron_patch.weights.parameters import local_expert, named_parameters, parameter_name, shard_axis
 
 
 class Source(Protocol):

@@ -1,0 +1,1 @@
+"""Where the model's parameters and a checkpoint's entries meet."""
