@@ -42,7 +42,7 @@ def subjects(task: str) -> list[str]:
 
 
 def questions(subject: str, split: str) -> list[dict]:
-    """Six to develop with, all A; of those to score, one more B than the subject's name is long, modulo 3, and one C."""
+    """Six to develop with, all A; to score, some B by the length of the subject's name, and one C."""
     letters = "AAAAAA" if split == "dev" else "B" * (len(subject) % 3 + 1) + "C"
     return [
         {"question": f"{subject} {split} {number}?", **{x: f"{x}{number}" for x in "ABCD"}, "answer": letter}

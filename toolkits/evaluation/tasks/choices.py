@@ -1,7 +1,7 @@
 """Questions with four choices from local copies of MMLU, C-Eval and CMMLU, for the task files beside this one.
 
-`MP_EVAL_DATA` names the directory that holds the benchmark, or one above it. Both layouts that these are published in are
-read: CSV files `<split>/<subject>[_<split>].csv`, with a header or, as MMLU's, without; and a directory of parquet files
+`MP_EVAL_DATA` names the directory that holds the benchmark, or one above it. Both layouts that these are published in
+are read: CSV files `<split>/<subject>[_<split>].csv`, with a header or, as MMLU's, without; and parquet files
 `<subject>/<split>-*.parquet`, as on the Hugging Face hub.
 """
 
