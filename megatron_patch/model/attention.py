@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.core_attention import CoreAttention, Packed
+from megatron_patch.model.kv_cache import LayerCache
 from megatron_patch.model.linear import LayerNormColumnLinear, RowLinear
 from megatron_patch.model.rope import rotate
 from megatron_patch.parallel.collectives import gather_zigzag
@@ -35,7 +36,13 @@ class SelfAttention(nn.Module):
         )
         self.linear_proj = RowLinear(width, config.hidden_size, mesh.tp, mesh.sequence_parallel)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], packed: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        packed: Packed | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x [L or L/tp, B, H] → the same shape."""
         qkv = self.linear_qkv(x)
         length, batch = qkv.shape[:2]
@@ -45,5 +52,8 @@ class SelfAttention(nn.Module):
         if self.cp.size > 1:
             k, v = gather_zigzag(torch.cat([k, v], dim=3), self.cp).split(1, dim=3)
         q_BNLD, k_BGSD, v_BGSD = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (q, k, v))
-        out_BNLD = self.core_attention(q_BNLD, k_BGSD, v_BGSD, packed)
+        if cache is None:
+            out_BNLD = self.core_attention(q_BNLD, k_BGSD, v_BGSD, packed)
+        else:
+            out_BNLD = cache.attend(self.core_attention, q_BNLD, k_BGSD, v_BGSD)
         return self.linear_proj(out_BNLD.permute(2, 0, 1, 3).flatten(2))

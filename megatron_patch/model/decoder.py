@@ -11,6 +11,7 @@ from megatron_patch.model.activations import Keep, kept, offloaded, recomputed
 from megatron_patch.model.attention import SelfAttention
 from megatron_patch.model.core_attention import Packed, find_segments
 from megatron_patch.model.embedding import VocabParallelEmbedding, padded_vocabulary
+from megatron_patch.model.kv_cache import KVCache, LayerCache
 from megatron_patch.model.linear import ColumnLinear, enter
 from megatron_patch.model.loss import vocab_parallel_cross_entropy
 from megatron_patch.model.mla import MLASelfAttention
@@ -42,9 +43,15 @@ class TransformerLayer(nn.Module):
         else:
             self.mlp = MLP(config, mesh)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        segments: Packed | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x [S or S/tp, B, H] → the same shape."""
-        x = x + self.self_attention(self.input_layernorm(x), rotary, segments)
+        x = x + self.self_attention(self.input_layernorm(x), rotary, segments, cache)
         return x + self.mlp(self.pre_mlp_layernorm(x))
 
 
@@ -68,11 +75,21 @@ class TransformerBlock(nn.Module):
         if memory.recompute_granularity == "selective":
             for layer in self.layers.values():
                 layer.self_attention.core_attention.keep = recomputed
-        is_last = layers.stop == config.num_layers
-        self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon) if is_last else nn.Identity()
+        self.is_last = layers.stop == config.num_layers
+        self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon) if self.is_last else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Packed | None = None) -> Tensor:
-        """x [S or S/tp, B, H] → the same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        segments: Packed | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x [S or S/tp, B, H] → the same shape; with a cache the last chunk's are each row's last token [1, B, H]."""
+        if cache is not None:
+            for number, layer in self.layers.items():
+                x = layer(x, rotary, cache=cache.layers[number])
+            return self.final_layernorm(cache.last(x) if self.is_last else x)
         layers = list(self.layers.values())
         group = self.memory.recompute_num_layers if self.memory.recompute_granularity == "full" else 1
         for first in range(0, len(layers), group):
@@ -120,20 +137,27 @@ class GPTModel(nn.Module):
         """Whether it ends with the loss, or logits."""
         return self.layers.stop == self.config.num_layers
 
-    def forward(self, x: Tensor, labels_BS: Tensor | None = None, starts_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        labels_BS: Tensor | None = None,
+        starts_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """x: token ids [B, S], or for a later chunk the residual stream [S or S/tp, B, H]. S are the tokens that this
         context-parallel rank holds; `starts_BS` is of packed samples, as in `Batch`.
 
         The last chunk returns the loss per token [B, S], at least float32, or without labels this rank's logits
-        [B, S, V/tp]; the others return the residual stream.
+        [B, S, V/tp]; the others return the residual stream. With a cache the tokens follow those that it remembers, and
+        the logits [B, 1, V/tp] are those of each row's last token.
         """
         if self.is_first:
             length = x.shape[1]
             x = self.embedding.word_embeddings(x.t().contiguous())
         else:
             length = len(x) * (self.mesh.tp.size if self.mesh.sequence_parallel else 1)
-        positions, segments = self._places(length, x.device, starts_BS)
-        x = self.decoder(x, rotary_tables(self.config, positions), segments)
+        positions, segments = self._places(length, x.device, starts_BS) if cache is None else (cache.positions, None)
+        x = self.decoder(x, rotary_tables(self.config, positions), segments, cache)
         return self._loss(x, labels_BS) if self.is_last else x
 
     def _places(self, length: int, device: torch.device, starts_BS: Tensor | None) -> tuple[Tensor, Packed | None]:

@@ -5,7 +5,7 @@ Context-parallel ranks gather the latent and the shared rotated channels, a frac
 heads would be, and each expands them.
 
 Shapes: S sequence, of which this context-parallel rank holds L tokens, B batch, H hidden, N heads of this rank; a query
-and a key head hold C channels without position and then P rotated ones, a value head V channels.
+and a key head hold C channels without position and then P rotated ones, a value head V channels; the latent has K channels.
 """
 
 import torch
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.model.core_attention import CoreAttention, Packed
+from megatron_patch.model.kv_cache import LayerCache
 from megatron_patch.model.linear import ColumnLinear, LayerNormColumnLinear, RowLinear, enter
+from megatron_patch.model.norm import rms_norm
 from megatron_patch.model.rope import rotate, softmax_temperature
 from megatron_patch.parallel.collectives import gather_zigzag
 from megatron_patch.parallel.mesh import Mesh
@@ -45,11 +47,23 @@ class MLASelfAttention(nn.Module):
         )
         self.linear_proj = RowLinear(heads * self.value, hidden, **cut)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], packed: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        packed: Packed | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x [L or L/tp, B, H], normalised → the same shape."""
         q = self.linear_q_up_proj(self.linear_q_down_proj(x)) if self.is_query_compressed else self.linear_q_proj(x)
         q_LBND = rotate(q.unflatten(-1, (-1, self.plain + self.turned)), rotary, self.interleaved)
-        k_SBND, v_SBND = self._expand(self.linear_kv_down_proj(x), rotary)
+        compressed = self.linear_kv_down_proj(x)
+        if cache is not None:
+            remembered_B1LK = self._remembered(compressed, rotary)
+            if not cache.is_prompt:
+                return self.linear_proj(self._attend_to_latents(q_LBND, remembered_B1LK, cache))
+            cache.store(remembered_B1LK)
+        k_SBND, v_SBND = self._expand(compressed, rotary)
         q_BNLD, k_BNSD, v_BNSD = (t.permute(1, 2, 0, 3) for t in (q_LBND, k_SBND, v_SBND))
         out_BNLV = self.core_attention(q_BNLD, k_BNSD, v_BNSD, packed)[..., : self.value]
         return self.linear_proj(out_BNLV.permute(2, 0, 1, 3).flatten(2))
@@ -65,3 +79,24 @@ class MLASelfAttention(nn.Module):
         k_LBP = rotate(enter(shared, self.tp, self.sequence_parallel), rotary, self.interleaved)
         k_SBNP = gather_zigzag(k_LBP, self.cp).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
         return torch.cat([k_SBNC, k_SBNP], dim=-1), F.pad(v_SBNV, (0, max(self.plain + self.turned - self.value, 0)))
+
+    def _remembered(self, compressed: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """What a cache keeps of each token [B, 1, L, K + P]: the normalised latent, the rotated channels."""
+        latent, shared = compressed.split([self.latent, self.turned], dim=-1)
+        latent = rms_norm(latent, self.linear_kv_up_proj.layer_norm_weight, self.linear_kv_up_proj.epsilon)
+        return torch.cat([latent, rotate(shared, rotary, self.interleaved)], dim=-1).transpose(0, 1).unsqueeze(1)
+
+    def _attend_to_latents(self, q_LBND: Tensor, remembered_B1LK: Tensor, cache: LayerCache) -> Tensor:
+        """Attention [L, B, N·V] of a new token to all before it, whose keys and values are not expanded.
+
+        A score q · (W k) is (Wᵀ q) · k, and a sum of expanded values the expanded sum of latents: all heads attend to
+        the latents as to the one key head and, without the rotated channels, value head of grouped-query attention.
+        """
+        up_NDK = self.linear_kv_up_proj.weight.unflatten(0, (-1, self.plain + self.value))
+        to_key_NCK, to_value_NVK = up_NDK.split([self.plain, self.value], dim=1)
+        plain_LBNC, turned_LBNP = q_LBND.split([self.plain, self.turned], dim=-1)
+        q_LBNK = torch.cat([torch.einsum("lbnc,nck->lbnk", plain_LBNC, to_key_NCK), turned_LBNP], dim=-1)
+        (latents_B1SK,) = cache.append(remembered_B1LK)
+        values = latents_B1SK[..., : self.latent]
+        out_BNLK = cache.attend_to(q_LBNK.permute(1, 2, 0, 3), latents_B1SK, values, self.core_attention.scale)
+        return torch.einsum("bnlk,nvk->lbnv", out_BNLK, to_value_NVK).flatten(2)
