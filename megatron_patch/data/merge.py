@@ -14,7 +14,7 @@ from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.inputs import natural
 from megatron_patch.data.sidecar import describe, read_sidecar
 
-SUMMED = ("documents", "tokens", "empty")
+SUMMED = ("documents", "sequences", "tokens", "empty")
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexHeader:
@@ -76,7 +76,11 @@ def _check_alike(values: Sequence[str], prefixes: Sequence[str], what: str) -> N
 def _together(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts added up, sources of all; of how they were made, what is the same for all."""
     first = sidecars[0]
-    counts = {name: sum(sidecar.get(name, 0) for sidecar in sidecars) for name in SUMMED}
+    counts = {
+        name: sum(sidecar[name] for sidecar in sidecars)
+        for name in SUMMED
+        if all(name in sidecar for sidecar in sidecars)
+    }
     counts["longest"] = max(sidecar.get("longest", 0) for sidecar in sidecars)
     told = {"format_version", "tokenizer", "dtype", "sources", "skipped", *counts}
     made = {

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, Rows, check_readable, read_rows, resolve_inputs
 from megatron_patch.data.json_lines import check_characters
+from megatron_patch.data.sentences import split_sentences
 from megatron_patch.data.sidecar import describe, describe_source
 from megatron_patch.data.tokenizer import begins_with_bos, identity, load_tokenizer, vocabulary_size
 
@@ -33,6 +34,7 @@ BYTES_PER_BATCH = 1 << 20
 SKIPPED_SHOWN = 100
 
 Item = TypeVar("Item")
+Document = list[list[int]]  # its sequences
 
 
 class Recipe(NamedTuple):
@@ -40,6 +42,8 @@ class Recipe(NamedTuple):
 
     `append_eod` ends and `prepend_bos` begins every document that has tokens; `seq_length` leaves out the records with
     a document of as many tokens or more; `skip_bad_lines` leaves out the records that cannot be used.
+    `split_sentences` makes every sentence a sequence of its document; they keep the white space that follows them if
+    `keep_newlines`.
     """
 
     json_keys: Sequence[str] = ("text",)
@@ -47,6 +51,13 @@ class Recipe(NamedTuple):
     prepend_bos: bool = False
     seq_length: int | None = None
     skip_bad_lines: bool = False
+    split_sentences: bool = False
+    keep_newlines: bool = False
+
+    @property
+    def level(self) -> str:
+        """What a sequence is, which ends the output's name."""
+        return "sentence" if self.split_sentences else "document"
 
 
 class Report(NamedTuple):
@@ -55,6 +66,7 @@ class Report(NamedTuple):
     prefix: str
     dtype: str
     documents: int
+    sequences: int
     tokens: int
     longest: int
     empty: int
@@ -81,7 +93,8 @@ class Texts(NamedTuple):
 def preprocess(
     paths: Sequence[str | os.PathLike[str]], output_prefix: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> Summary:
-    """Tokenise every record of `paths` into `<output_prefix>_<key>_document`, one document per record and key.
+    """Tokenise every record of `paths` into `<output_prefix>_<key>_document` (or `_sentence`), one document per record
+    and key.
 
     A document without tokens gets neither BOS nor EOD but keeps its place. The files appear when all records are done.
     Raises ValueError naming file, line and column, or when there is no document or no token.
@@ -92,7 +105,7 @@ def preprocess(
     dtype = smallest_dtype(vocabulary_size(tokenizer))
     skipped, shown = Counter(), []
     with ExitStack() as stack:
-        prefixes = [f"{output_prefix}_{key}_document" for key in recipe.json_keys]
+        prefixes = [f"{output_prefix}_{key}_{recipe.level}" for key in recipe.json_keys]
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
         tallies = [Counter() for _ in builders]
         encoded = ((texts, _encoded(texts, tokenizer, recipe, begin, end)) for texts in _ahead(_texts(files, recipe)))
@@ -140,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--prepend-bos", **switch, help="begin every document with the BOS token, if the tokenizer's own texts do")
     flag("--seq-length", type=positive, help="leave out records with a document of as many tokens or more")
     flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
+    flag("--split-sentences", **switch, help="every sentence is a sequence of its document, in <prefix>_<key>_sentence")
+    flag("--keep-newlines", **switch, help="sentences keep the white space that follows them")
     flag("--recursive", **switch, help="of a directory, also what its directories hold")
     flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--tokenizer-not-use-fast", **switch, help="the slow tokenizer, where the directory has one")
@@ -184,10 +199,16 @@ def _batch(rows: Rows, recipe: Recipe, read: int) -> Texts:
             continue
         for key, values in by_key.items():
             value = row.record[key]
-            values.append(value if isinstance(value, list) else [value])
+            values.append(_sentences(value if isinstance(value, list) else [value], recipe))
     if rows.blank:
         skipped["blank"] = rows.blank
     return Texts(by_key, read, skipped, problems)
+
+
+def _sentences(texts: list[str], recipe: Recipe) -> list[str]:
+    if not recipe.split_sentences:
+        return texts
+    return [sentence for text in texts for sentence in split_sentences(text, keep_space=recipe.keep_newlines)]
 
 
 def _problem(row: Row, keys: Iterable[str]) -> tuple[str, str]:
@@ -211,40 +232,57 @@ def _problem(row: Row, keys: Iterable[str]) -> tuple[str, str]:
 
 def _encoded(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, begin: list[int], end: list[int]
-) -> list[list[list[int]]]:
+) -> list[list[Document]]:
     """For each key a document per record; records with one that is too long are gone from all, and counted."""
     documents = [
-        [begin + ids + end if ids else ids for ids in _tokenise(values, tokenizer)] for values in texts.by_key.values()
+        [_ended(document, begin, end) for document in _tokenise(values, tokenizer, recipe)]
+        for values in texts.by_key.values()
     ]
     if recipe.seq_length is None:
         return documents
-    is_short = [all(len(ids) < recipe.seq_length for ids in record) for record in zip(*documents, strict=True)]
+    is_short = [
+        all(sum(map(len, document)) < recipe.seq_length for document in record)
+        for record in zip(*documents, strict=True)
+    ]
     if not all(is_short):
         texts.skipped["too long"] += is_short.count(False)
-    return [[ids for ids, is_kept in zip(column, is_short, strict=True) if is_kept] for column in documents]
+    return [list(compress(column, is_short)) for column in documents]
 
 
-def _tokenise(documents: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _tokenise(documents: list[list[str]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[Document]:
+    """The sequences of each document: one of all its texts, or one for each; none of them empty."""
     flat = [text for texts in documents for text in texts]
     if tokenizer.is_fast:
         batch = tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False)
         every = (encoding.ids for encoding in batch)
     else:
         every = (tokenizer.encode(text, add_special_tokens=False) for text in flat)
-    return [list(chain.from_iterable(islice(every, len(texts)))) for texts in documents]
+    for texts in documents:
+        own = islice(every, len(texts))
+        sequences = own if recipe.split_sentences else [list(chain.from_iterable(own))]
+        yield [ids for ids in sequences if ids]
 
 
-def _append(builder: IndexedDatasetBuilder, tally: Counter[str], documents: list[list[int]]) -> None:
-    lengths = [len(ids) for ids in documents]
+def _ended(document: Document, begin: list[int], end: list[int]) -> Document:
+    if document:
+        document[0][:0] = begin
+        document[-1] += end
+    return document
+
+
+def _append(builder: IndexedDatasetBuilder, tally: Counter[str], documents: list[Document]) -> None:
+    lengths = [len(ids) for document in documents for ids in document]
     total = sum(lengths)
-    tokens = np.fromiter(chain.from_iterable(documents), np.int64, total)
-    builder.add(tokens, [length for length in lengths if length], [int(length > 0) for length in lengths])
-    tally.update(documents=len(lengths), tokens=total, empty=lengths.count(0))
-    tally["longest"] = max(tally["longest"], *lengths, 0)
+    every = chain.from_iterable(chain.from_iterable(documents))
+    builder.add(np.fromiter(every, np.int64, total), lengths, [len(document) for document in documents])
+    empty = sum(not document for document in documents)
+    tally.update(documents=len(documents), sequences=len(lengths), tokens=total, empty=empty)
+    longest = max((sum(map(len, document)) for document in documents), default=0)
+    tally["longest"] = max(tally["longest"], longest)
 
 
 def _report(prefix: str, dtype: str, tally: Counter[str]) -> Report:
-    return Report(prefix, dtype, *(tally[name] for name in ("documents", "tokens", "longest", "empty")))
+    return Report(prefix, dtype, *(tally[name] for name in Report._fields[2:]))
 
 
 def _check_any(reports: list[Report], files: list[Path], skipped: Counter[str]) -> None:
@@ -267,7 +305,7 @@ def _description(
     sources: list[dict[str, Any]],
     skipped: Counter[str],
 ) -> dict[str, Any]:
-    counts = {name: getattr(report, name) for name in ("documents", "tokens", "longest", "empty")}
+    counts = {name: getattr(report, name) for name in Report._fields[2:]}
     made = {name: value for name, value in recipe._asdict().items() if name not in ("json_keys", "skip_bad_lines")}
     return describe(
         identity(tokenizer), report.dtype, counts, sources, key=key, **made, skipped=dict(sorted(skipped.items()))
@@ -275,8 +313,8 @@ def _description(
 
 
 def _progress(
-    items: Iterable[tuple[Texts, list[list[list[int]]]]], files: list[Path]
-) -> Iterator[tuple[Texts, list[list[list[int]]]]]:
+    items: Iterable[tuple[Texts, list[list[Document]]]], files: list[Path]
+) -> Iterator[tuple[Texts, list[list[Document]]]]:
     """`items`, with a bar on a terminal."""
     total = sum(path.stat().st_size for path in files)
     documents = tokens = 0
@@ -284,7 +322,7 @@ def _progress(
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc=files[0].name) as bar:
         for texts, columns in items:
             documents += len(columns[0])
-            tokens += sum(len(ids) for column in columns for ids in column)
+            tokens += sum(len(ids) for column in columns for document in column for ids in document)
             rate = tokens / (time.perf_counter() - started)
             bar.update(texts.read - bar.n)
             bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
@@ -299,8 +337,9 @@ def _tell(summary: Summary, seconds: float) -> None:
     for sentence in summary.shown:
         print(f"skipped: {sentence}", file=sys.stderr)
     for report in summary.reports:
+        sentences = f" {report.sequences:,} sentences," if report.prefix.endswith("_sentence") else ""
         print(
-            f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
+            f"{report.prefix}: {report.documents:,} documents,{sentences} {report.tokens:,} tokens ({report.dtype}), "
             f"longest {report.longest:,}, {report.empty:,} empty"
         )
     if summary.skipped:

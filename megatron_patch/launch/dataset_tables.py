@@ -63,8 +63,6 @@ PREPROCESS_DATA: Table = (
 UNBUILT: tuple[Line, ...] = (
     ("--handler-name", lambda v: v["--handler-name"] != PRETRAIN_HANDLER, "this handler", PRETRAIN_HANDLER),
     ("--pack", lambda v: v["--pack"], "packing here", "toolkits/sft_data_preprocessing"),
-    ("--split-sentences", lambda v: v["--split-sentences"], "splitting sentences", "lists of sentences as values"),
-    ("--keep-newlines", lambda v: v["--keep-newlines"], "splitting sentences", "lists of sentences as values"),
     ("--hf-datasets-params", lambda v: v["--hf-datasets-params"] is not None, "datasets' own loading", "--input"),
 )
 MERGE_DATASETS: Table = (

@@ -9,7 +9,10 @@ from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.preprocessing import check_tokenizer
 from megatron_patch.plan.disk import check_writable, present_obstacles
 
-PASSED_ON = ("--append-eod", "--recursive", "--skip-bad-lines", "--tokenizer-not-use-fast", "--trust-remote-code")
+PASSED_ON = (
+    *("--append-eod", "--keep-newlines", "--recursive", "--skip-bad-lines", "--split-sentences"),
+    *("--tokenizer-not-use-fast", "--trust-remote-code"),
+)
 
 
 def plan(request: Request) -> dict[str, Any]:
@@ -25,10 +28,11 @@ def plan(request: Request) -> dict[str, Any]:
     )
     if obstacles and not request.is_dry:
         raise UsageError("\n".join(obstacles))
+    level = "sentence" if v["--split-sentences"] else "document"
     length = ["--seq-length", str(v["--seq-length"])] if v["--seq-length"] else []
     return {
         "arguments": request.arguments(),
-        "output": {f"{key}_document": f"{prefix}_{key}_document" for key in json_keys},
+        "output": {f"{key}_{level}": f"{prefix}_{key}_{level}" for key in json_keys},
         "environment": {},
         "command": [
             *(sys.executable, "-m", "megatron_patch.data.preprocess", "--input", *v["--input"]),
@@ -36,7 +40,7 @@ def plan(request: Request) -> dict[str, Any]:
             *("--workers", str(v["--workers"]), "--prepend-bos", *length),
             *(name for name in PASSED_ON if v[name]),
         ],
-        "warnings": obstacles,
+        "warnings": [*obstacles, *_without_effect(v)],
     }
 
 
@@ -56,3 +60,9 @@ def _tokenizer(v: dict[str, Any]) -> str:
         values = " and ".join(f"{name} {v[name]!r}" for name in given)
         raise UsageError(f"{values} name two tokenizers; give one of them")
     return v[given[0]]
+
+
+def _without_effect(v: dict[str, Any]) -> list[str]:
+    if v["--keep-newlines"] and not v["--split-sentences"]:
+        return ["--keep-newlines has no effect without --split-sentences: documents keep their text as it is"]
+    return []

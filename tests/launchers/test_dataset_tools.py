@@ -131,6 +131,21 @@ def test_merging_is_planned_and_done(planned, workplace, capsys):
 BASIC = "--input data --output-prefix o"
 
 
+def test_sentences_are_sequences_of_their_documents(planned, workplace, capsys):
+    text = {"text": "1 2. 3?\n4 5. 6"}
+    (workplace / "in.jsonl").write_text(json.dumps(text) + "\n")
+    arguments = shlex.split("--input in.jsonl --output-prefix o --tokenizer-model model_from_hf/Mistral --append-eod")
+    plan = planned("preprocess-data", [*arguments, "--split-sentences"])
+    assert plan["output"] == {"text_sentence": "o_text_sentence"}
+    assert run(planned, "preprocess-data", preprocess, [*arguments, "--split-sentences"]) == 0
+    dataset = IndexedDataset("o_text_sentence")
+    assert dataset.sequence_lengths.tolist() == [1 + 3, 2, 3, 1 + 1]  # BOS, words and marks, EOS
+    assert dataset.document_indices.tolist() == [0, 4]
+    assert "1 documents, 4 sentences, 11 tokens" in capsys.readouterr().out
+    (warning,) = planned("preprocess-data", [*arguments, "--keep-newlines"])["warnings"]
+    assert "no effect without --split-sentences" in warning
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,7 +155,6 @@ BASIC = "--input data --output-prefix o"
         (f"{BASIC} --tokenizer-model a --json-keys x --json_keys y", "one flag in two spellings"),
         (f"{BASIC} --tokenizer-model a --tokenizer-type GPT2BPETokenizer", "--tokenizer-type is 'GPT2BPETokenizer'"),
         (f"{BASIC} --tokenizer-model a --worker 3", "did you mean --workers?"),
-        (f"{BASIC} --tokenizer-model a --split-sentences", "splitting sentences is not built yet"),
         (f"{BASIC} --tokenizer-model absent", "tokenizer directory 'absent' does not exist"),
         (f"{BASIC} --tokenizer-model absent", "holds no .jsonl"),
     ],

@@ -37,8 +37,9 @@ def test_a_dataset_says_what_made_it(prefix, tmp_path, tokenizer, tokenizer_dire
     assert told == {
         "format_version": 1,
         "dtype": "uint16",
-        **{"documents": 2, "tokens": tokens, "longest": tokens, "empty": 1},
+        **{"documents": 2, "sequences": 1, "tokens": tokens, "longest": tokens, "empty": 1},
         **{"key": "text", "append_eod": True, "prepend_bos": False, "seq_length": None, "skipped": {"blank": 1}},
+        **{"split_sentences": False, "keep_newlines": False},
         "sources": [
             {
                 "path": f"{tmp_path}/in.jsonl",
