@@ -307,6 +307,7 @@ def _optimization(run: RunConfig) -> Iterator[Rule]:
 
 
 def _inputs(run: RunConfig) -> Iterator[Rule]:
+    is_pretraining = run.data.dataset == "MMAP" and not run.data.is_instruction_dataset
     paths = (
         (run.checkpoint, "save load"),
         (run.data, "tokenizer_model data_cache_path"),
@@ -324,8 +325,17 @@ def _inputs(run: RunConfig) -> Iterator[Rule]:
         "raw records come from one JSON file each for training and validation",
     )
     yield (
-        run.data.dataset != "MMAP" or not run.data.sft_packing,
+        not is_pretraining or not run.data.sft_packing,
         "sft_packing is for fine-tuning data, and dataset MMAP is for pre-training; leave --sft-packing out",
+    )
+    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+        yield (
+            is_pretraining or not getattr(run.data, name),
+            f"{name} is of pre-training documents; records that share a sample are kept apart by sft_packing",
+        )
+    yield (
+        run.data.dataset != "JSON-SFT" or not run.data.is_instruction_dataset,
+        "is_instruction_dataset is of .bin/.idx files, and dataset JSON-SFT reads raw records; leave one of them out",
     )
     yield (
         run.data.dataset == "JSON-SFT" or not run.data.show_samples,

@@ -16,6 +16,10 @@ class DataConfig:
         "MMAP",
         choices=("MMAP", "MMAP-SFT", "JSON-SFT"),
     )
+    is_instruction_dataset: bool = setting(
+        "the prefixes are of ModelLink's instruction data: <prefix>_packed_{input_ids,attention_mask,labels}_document",
+        False,
+    )
     split: str = setting("train,valid,test shares of a dataset used for both training and validation", "99,1,0")
     seq_length: int = setting("tokens per sample")
     max_padding_length: int = setting("tokens per sample of a raw fine-tuning record, padding included")

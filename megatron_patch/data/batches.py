@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.blend import SampleDataset
 from megatron_patch.data.gpt import Sample
+from megatron_patch.data.instruction_index import open_instructions
 from megatron_patch.data.order import Order, in_turn
 from megatron_patch.data.pretraining import open_indexed
 from megatron_patch.data.raw import open_records
@@ -149,6 +150,8 @@ def _open(
     *,
     is_loud: bool,
 ) -> tuple[SampleDataset, Order]:
+    if config.is_instruction_dataset:
+        return open_instructions(config, tokenizer, split, num_samples, is_loud=is_loud), in_turn
     if config.dataset == "MMAP":
         return open_indexed(config, split, num_samples, tokenizer.eos_token_id)
     if config.dataset == "MMAP-SFT":

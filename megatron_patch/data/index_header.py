@@ -15,6 +15,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
 ITEM_SIZES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float64": 8, "float32": 4, "uint16": 2}
 
 
@@ -69,6 +70,33 @@ def check_sample_documents(header: IndexHeader, seq_length: int) -> None:
             f"{header.prefix} has samples {what}; with SEQ_LEN {seq_length} they must be 2 × {seq_length}, tokens and "
             "labels: build it with that SEQ_LEN, or train with its own"
         )
+
+
+def instruction_prefixes(prefix: str) -> tuple[str, ...]:
+    """The pairs of ModelLink's instruction data, which is named without `_packed_`; `packed` means three together."""
+    return tuple(f"{prefix}_packed_{field}_document" for field in INSTRUCTION_FIELDS)
+
+
+def check_instruction_files(prefix: str) -> IndexHeader:
+    """The header of the tokens of instruction data, having checked that the other two pairs are beside it.
+
+    Raises what `read_header` raises, and ValueError for pairs of different sizes or labels that cannot be -100.
+    """
+    name, is_field, _ = prefix.partition("_packed_")
+    if is_field and not Path(f"{instruction_prefixes(prefix)[0]}.idx").exists():
+        raise FileNotFoundError(f"instruction dataset {prefix!r}: give its prefix without _packed_…: {name}")
+    ids, mask, labels = map(read_header, instruction_prefixes(prefix))
+    for other in (mask, labels):
+        if (other.sequences, other.tokens) != (ids.sequences, ids.tokens):
+            raise ValueError(
+                f"{ids.prefix} has {ids.sequences} samples of {ids.tokens} tokens, {other.prefix} {other.sequences} of "
+                f"{other.tokens}; the files come from two different runs, preprocess again"
+            )
+    if labels.dtype.startswith("u"):
+        raise ValueError(f"{labels.prefix} is of {labels.dtype}, which cannot hold the label -100; preprocess again")
+    if not ids.sequences:
+        raise ValueError(f"{ids.prefix} holds no sample; preprocess again")
+    return ids
 
 
 def smallest_dtype(vocabulary_size: int) -> str:

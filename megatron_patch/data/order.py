@@ -6,19 +6,19 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_patch.config.data import DataConfig
-from megatron_patch.data.splits import split_range
+from megatron_patch.data.splits import Divide, split_range
 
 Order = Callable[[int], int]  # global sample position → index of the dataset
 
 
-def usable(config: DataConfig, path: str, split: str, count: int) -> tuple[int, int]:
+def usable(config: DataConfig, path: str, split: str, count: int, divide: Divide = split_range) -> tuple[int, int]:
     """The elements of `path` that this split may use: all of them unless training and validation share their data.
 
     Raises ValueError where that is none.
     """
     if config.train_data_path != config.valid_data_path:
         return 0, count
-    first, last = split_range(config.split, split, count)
+    first, last = divide(config.split, split, count)
     if first == last:
         raise ValueError(
             f"split {config.split!r} leaves nothing of {path!r} ({count} documents or records) for {split}; "

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_patch.data.index_header import instruction_prefixes
+
 
 class Source(NamedTuple):
     """One `.bin/.idx` prefix of a blend; no weight: as much as it holds."""
@@ -24,7 +26,7 @@ def split_words(argument: str, split: str = "train") -> tuple[str, ...]:
     quotes, for nothing at all, for a file that says something else, and for a prefix with its .bin or .idx.
     """
     path = Path(argument)
-    if Path(f"{argument}.idx").is_file():
+    if Path(f"{argument}.idx").is_file() or Path(f"{instruction_prefixes(argument)[0]}.idx").is_file():
         return (argument,)
     if path.suffix in (".bin", ".idx") and path.with_suffix(".idx").is_file():
         raise ValueError(f"dataset path {argument!r}: write the prefix alone, {os.fspath(path.with_suffix(''))!r}")

@@ -50,7 +50,7 @@ class IndexedInstructions:
         if self.has_marks:
             starts = segment_starts(stored < 0)
         elif self._is_packed:
-            starts = segment_starts(_ends(tokens, is_learned, self._eos))
+            starts = segment_starts(segment_ends(tokens, is_learned, self._eos))
         return Sample(tokens, np.where(is_learned, labels, 0), is_learned.astype(np.float32), starts)
 
 
@@ -97,7 +97,7 @@ def document(records: Sequence[Tokenised], seq_length: int, pad: int) -> npt.NDA
     return np.concatenate([tokens, labels])
 
 
-def _ends(tokens: npt.NDArray, is_learned: npt.NDArray, eos: int | None) -> npt.NDArray:
+def segment_ends(tokens: npt.NDArray, is_learned: npt.NDArray, eos: int | None) -> npt.NDArray:
     """Where EOS ends a segment; the padding, which may be of the same token, is not cut up."""
     learned = np.flatnonzero(is_learned)
     last = learned[-1] + 1 if len(learned) else -1  # the token that the last label names

@@ -1,9 +1,11 @@
 """Split strings (`99,1,0`): which share of a dataset is for training, validation and test. Standard library only."""
 
 import re
+from collections.abc import Callable
 from itertools import accumulate
 
 SPLITS = ("train", "valid", "test")
+Divide = Callable[[str, str, int], tuple[int, int]]
 _SEPARATOR = re.compile(r"\s*[,/;:]\s*|\s+")
 
 
@@ -27,3 +29,12 @@ def split_range(text: str, name: str, count: int) -> tuple[int, int]:
     bounds = [0.0, *accumulate(parse_split(text))]
     which = SPLITS.index(name)
     return round(bounds[which] * count), round(bounds[which + 1] * count)
+
+
+def shifted_split_range(text: str, name: str, count: int) -> tuple[int, int]:
+    """The same as ModelLink divides instruction data: each share is rounded, then every bound is shifted so that the
+    last is `count`."""
+    bounds = [0, *accumulate(round(share * count) for share in parse_split(text))]
+    bounds = [0, *(max(bound - (bounds[-1] - count), 0) for bound in bounds[1:])]
+    which = SPLITS.index(name)
+    return bounds[which], bounds[which + 1]

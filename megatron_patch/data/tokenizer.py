@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_patch.data.index_header import read_header
+from megatron_patch.data.index_header import instruction_prefixes, read_header
 from megatron_patch.data.sidecar import check_sidecar, tokenizer_identity
 
 SENTENCEPIECE = "tokenizer.model"
@@ -78,7 +78,8 @@ def check_datasets(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
     are no prefix of a pair, weights for one, are whoever opens them's.
     """
     known_by = identity(tokenizer)
-    prefixes = (word for word in dict.fromkeys(words) if Path(f"{word}.idx").is_file())
+    names = (name for word in dict.fromkeys(words) for name in (word, instruction_prefixes(word)[0]))
+    prefixes = (name for name in names if Path(f"{name}.idx").is_file())
     notes = (check_sidecar(read_header(prefix), known_by) for prefix in prefixes)
     return [note for note in notes if note]
 

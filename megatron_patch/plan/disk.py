@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_patch.config.run import RunConfig
-from megatron_patch.data.index_header import check_sample_documents, read_header
+from megatron_patch.data.index_header import check_instruction_files, check_sample_documents, read_header
 from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.splits import parse_split, split_range
+from megatron_patch.data.splits import Divide, parse_split, shifted_split_range, split_range
 from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.weights import check_weights
 
@@ -46,8 +46,10 @@ def check_training_data(run: RunConfig) -> None:
         parse_split(run.data.split)
     _check_dataset(run, run.data.train_data_path)
     if is_divided and run.data.dataset != "JSON-SFT":
+        is_instruction = run.data.is_instruction_dataset
+        read, divide = (check_instruction_files, shifted_split_range) if is_instruction else (read_header, split_range)
         for source in parse_blend(run.data.train_data_path):
-            _check_split(source.prefix, run.data.split)
+            _check_split(source.prefix, run.data.split, read(source.prefix).sequences, divide)
 
 
 def check_validation_data(run: RunConfig) -> None:
@@ -99,15 +101,17 @@ def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
             _check_file(path)
         return
     for source in parse_blend(paths):
+        if run.data.is_instruction_dataset:
+            check_instruction_files(source.prefix)
+            continue
         header = read_header(source.prefix)
         if run.data.dataset == "MMAP-SFT":
             check_sample_documents(header, run.data.seq_length)
 
 
-def _check_split(prefix: str, split: str) -> None:
-    documents = read_header(prefix).sequences
+def _check_split(prefix: str, split: str, documents: int, divide: Divide) -> None:
     for name in ("train", "valid"):
-        first, last = split_range(split, name, documents)
+        first, last = divide(split, name, documents)
         if first == last:
             raise ValueError(
                 f"split {split!r} leaves nothing of dataset {prefix!r} ({documents} documents) for {name}; "

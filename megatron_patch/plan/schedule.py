@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_patch.config.checks import sample_length
 from megatron_patch.config.run import RunConfig
-from megatron_patch.data.index_header import read_header
+from megatron_patch.data.index_header import check_instruction_files, read_header
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import parse_split
 
@@ -56,14 +56,15 @@ def _tokens_on_disk(run: RunConfig) -> int | None:
     if any(source.weight is not None for source in sources):
         return None
     try:
-        total = _sum_of_tokens([source.prefix for source in sources])
+        total = _sum_of_tokens([source.prefix for source in sources], run)
     except (OSError, ValueError):
         return None
-    if run.data.dataset == "MMAP-SFT":
-        total //= 2  # the other half are labels
     is_divided = run.data.train_data_path == run.data.valid_data_path
     return int(total * parse_split(run.data.split)[0]) if is_divided else total
 
 
-def _sum_of_tokens(prefixes: Sequence[str]) -> int:
-    return sum(read_header(prefix).tokens for prefix in prefixes)
+def _sum_of_tokens(prefixes: Sequence[str], run: RunConfig) -> int:
+    if run.data.is_instruction_dataset:  # each is cut and padded to a sample
+        return sum(check_instruction_files(prefix).sequences for prefix in prefixes) * run.data.seq_length
+    total = sum(read_header(prefix).tokens for prefix in prefixes)
+    return total // 2 if run.data.dataset == "MMAP-SFT" else total  # there, the other half are labels

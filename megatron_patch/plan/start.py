@@ -13,9 +13,9 @@ from megatron_patch.config.run import RunConfig
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # What makes a run another one, with the model's architecture: where its samples and its first weights come from.
 _COMPARED = ("family", "global_batch_size")
-_COMPARED_DATA = ("train_data_path", "dataset", "seed")
+_COMPARED_DATA = ("train_data_path", "dataset", "is_instruction_dataset", "seed")
 _COMPARED_RECORDS = ("max_padding_length", "tokenizer_model", "prompt_type", "split", "sft_packing")  # of raw data
-_COMPARED_SAMPLES = ("seq_length", "split", "sft_packing")  # of fine-tuning data in .bin/.idx
+_COMPARED_SAMPLES = ("seq_length", "split", "sft_packing")  # of fine-tuning and instruction data in .bin/.idx
 _COMPARED_TOKENS = (
     "seq_length",
     "split",
@@ -25,6 +25,7 @@ _COMPARED_TOKENS = (
     "eod_mask_loss",
 )
 _BEFORE = {  # what the records of earlier versions do not say
+    "is_instruction_dataset": False,
     "sft_packing": False,
     "dataloader_type": "single",
     "reset_attention_mask": False,
@@ -174,6 +175,8 @@ def _read(directory: Path) -> Recorded:
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
     data = {**_BEFORE, **run["data"]}
     names = {"MMAP": _COMPARED_TOKENS, "MMAP-SFT": _COMPARED_SAMPLES}.get(data["dataset"], _COMPARED_RECORDS)
+    if data["is_instruction_dataset"]:
+        names = _COMPARED_SAMPLES
     if data["train_data_path"] != data["valid_data_path"]:
         names = tuple(name for name in names if name != "split")
     return {
