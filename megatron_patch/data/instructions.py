@@ -109,7 +109,13 @@ def tokenised(
     path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer
 ) -> Iterator[Tokenised]:
     """Every record of a file, in its order. Raises ValueError naming file and place of a malformed one."""
-    rendered = (_render(record, where, renderer) for where, record in read_records(path))
+    return encoded((_render(record, where, renderer) for where, record in read_records(path)), tokenizer, renderer)
+
+
+def encoded(
+    rendered: Iterator[Rendered], tokenizer: PreTrainedTokenizerFast, renderer: Renderer
+) -> Iterator[Tokenised]:
+    """Each text as tokens, with what is to be learned of them."""
     encode = tokenizer.backend_tokenizer.encode_batch
     while chunk := list(islice(rendered, RECORDS_PER_CALL)):
         encodings = encode([text for text, _ in chunk], add_special_tokens=renderer.adds_special_tokens)

@@ -53,6 +53,11 @@ _CHATML = Prompt(
     end="<|im_end|>",
     between="\n",
 )
+_THOROUGH = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request. "
+    "Please note that you need to think through your response logically and step by step."
+)
 PROMPTS = {
     "mistral": _MISTRAL,
     "mixtral": _MISTRAL,
@@ -65,6 +70,15 @@ PROMPTS = {
         user_with_input="{system}### Instruction:\n{question}\n\n### Input:\n{input}\n\n### Response:\n",
         default_system_with_input="Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.",
+    ),
+    # What ModelLink's GeneralInstructionHandler writes: https://gitee.com/ascend/ModelLink
+    "modellink": Prompt(
+        "{system}### Instruction:\n{question}\n\n### Response:\n",
+        system="\n{system}\n",
+        end="\n{eos}",
+        default_system=_THOROUGH,
+        user_with_input="{system}### Instruction:\n{question}\n{input}\n### Response:\n",
+        default_system_with_input=_THOROUGH,
     ),
     # https://huggingface.co/meta-llama/Llama-2-7b-chat-hf
     "llama2": Prompt(
@@ -102,18 +116,21 @@ class Renderer:
     template: str
 
 
-def resolve_prompt(name: str, tokenizer: Any) -> Renderer:
-    """The template of this name. Raises ValueError for an unknown one, or one whose end marker is no token here."""
+def resolve_prompt(name: str, tokenizer: Any, *, has_eos: bool = True) -> Renderer:
+    """The template of this name, EOS left out of it if not `has_eos`.
+
+    Raises ValueError for an unknown one, or one whose end marker is no token here.
+    """
     if name not in PROMPTS:
         raise ValueError(f"prompt type {name!r} is not one of {', '.join(PROMPTS)}")
     prompt = PROMPTS[name]
-    end = prompt.end.format(eos=tokenizer.eos_token).strip()
-    if end not in tokenizer.get_vocab():
+    marks = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token if has_eos else ""}
+    end = prompt.end.format(**marks).strip()
+    if end and end not in tokenizer.get_vocab():
         raise ValueError(
             f"prompt type {name!r} ends answers with {end!r}, which is no token of the tokenizer in "
             f"{tokenizer.name_or_path!r}; choose another with --prompt-type, or add the token"
         )
-    marks = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token}
     return Renderer(
         lambda conversation: _render(prompt, conversation, marks),
         adds_special_tokens=True,

@@ -27,7 +27,7 @@ def conversation(record: Record) -> Conversation:
             return _alternating(record, key)
     has_input = record.get("input") is not None
     turn = Turn(
-        _text(record, QUESTION_KEYS), _text(record, ("input",)) if has_input else "", _text(record, ANSWER_KEYS)
+        text_of(record, QUESTION_KEYS), text_of(record, ("input",)) if has_input else "", text_of(record, ANSWER_KEYS)
     )
     return Conversation(_system(record), (turn,))
 
@@ -62,23 +62,24 @@ def _messages(messages: Any, key: str) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{key}: message {number} is {type(message).__name__}, not an object")
         names = next((names for names in MESSAGE_LISTS.values() if names[0] in message), MESSAGE_LISTS[key])
         try:
-            yield _role(message, names[0]), _text(message, names[1:])
+            yield _role(message, names[0]), text_of(message, names[1:])
         except ValueError as error:
             raise ValueError(f"{key}: message {number}: {error}") from None
 
 
 def _role(message: Mapping[str, Any], key: str) -> str:
-    role = _text(message, (key,))
+    role = text_of(message, (key,))
     if role not in ROLES:
         raise ValueError(f"{key} is {role!r}, not one of {', '.join(ROLES)}")
     return ROLES[role]
 
 
 def _system(record: Record) -> str | None:
-    return _text(record, ("system",)) if record.get("system") is not None else None
+    return text_of(record, ("system",)) if record.get("system") is not None else None
 
 
-def _text(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+def text_of(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    """The text under the first of `keys` that the record has. Raises ValueError for none, and for what is no text."""
     for key in keys:
         if key in record:
             if isinstance(record[key], str):
