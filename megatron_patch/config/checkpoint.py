@@ -14,6 +14,7 @@ class CheckpointConfig:
     """Start weights, output directory, how often to write, and whether to go on with an earlier run."""
 
     load: str | None = setting("checkpoint directory to start from; absent: random initialisation", None)
+    upcycle: bool = setting("the checkpoint to start from is dense: every expert begins as a copy of its MLP", False)
     save: str = setting("directory that receives iter_NNNNNNN and the tracker file")
     save_interval: int = setting("iterations between checkpoints; one is also written at the end")
     ckpt_format: str = setting(

@@ -88,7 +88,8 @@ QWEN1_5_MOE = Family(
         "moe_router_topk": Key(("num_experts_per_tok",), 4),
         "moe_ffn_hidden_size": Key(("moe_intermediate_size",), 1408, is_shape=True),
         "moe_shared_expert_intermediate_size": Key(("shared_expert_intermediate_size",), 5632, is_shape=True),
-        "moe_shared_expert_gate": Key((), True),
+        # A dense model's MLP becomes experts without a shared one beside them, and then there is nothing to weigh.
+        "moe_shared_expert_gate": Key((), of_config=lambda hf: hf.get("shared_expert_intermediate_size") != 0),
         # Softmax, top-k, renormalise is top-k, softmax: what Megatron-Core does without pre_softmax.
         "moe_router_pre_softmax": Key(
             ("norm_topk_prob",), False, read=lambda value, hf: not value, write=lambda c: not c.moe_router_pre_softmax

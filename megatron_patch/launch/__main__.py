@@ -59,10 +59,13 @@ def _request(launcher: Launcher, argv: list[str]) -> Request:
         given, options = divide(argv)
         table = choose(launcher.tables, given)
         values, texts = read(table, given), typed(table, given)
-    values |= read_variables(launcher.variables, os.environ)
+    values = {**launcher.implied, **values, **read_variables(launcher.variables, os.environ)}
     is_dry = read_variables((DRY_RUN,), os.environ)[DRY_RUN.name]
     check_built(launcher.unbuilt, values, lambda name: place(table, name))
-    return Request(table, values, texts, options, os.environ, launcher.families, is_dry, launcher.format)
+    return Request(
+        *(table, values, texts, options, os.environ, launcher.families, is_dry),
+        *(launcher.format, launcher.flags, launcher.title),
+    )
 
 
 def _plan(module: str, request: Request) -> dict[str, object]:

@@ -1,5 +1,8 @@
 """What a launcher is, and the arguments that launchers of different kinds share."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from megatron_patch.launch.positional import Arg, Table
 from megatron_patch.launch.unbuilt import Line
 from megatron_patch.launch.values import WHOLE, one_of, whole
@@ -9,10 +12,14 @@ class Launcher:
     """What one script runs: the module that plans it, its tables, what it refuses for now, the families it serves.
 
     Several `tables` are spellings of one command that documents give; `format` is what a converter writes. `is_flags`:
-    the table names `--flags`, and there are no positionals.
+    the table names `--flags`, and there are no positionals. Of a training launcher, `implied` are the values that its
+    table has no argument for, `flags` the settings of the trainer that it changes (`{NAME}` stands for an argument),
+    and `title` is what its runs are called.
     """
 
-    __slots__ = ("families", "format", "is_flags", "module", "tables", "unbuilt", "variables")
+    __slots__ = (
+        *("families", "flags", "format", "implied", "is_flags", "module", "tables", "title", "unbuilt", "variables"),
+    )
 
     def __init__(
         self,
@@ -23,9 +30,13 @@ class Launcher:
         families: tuple[str, ...] = (),
         format: str = "",
         is_flags: bool = False,
+        implied: Mapping[str, object] = MappingProxyType({}),
+        flags: tuple[str, ...] = (),
+        title: str = "",
     ) -> None:
         self.module, self.tables, self.variables, self.unbuilt = module, tables, variables, unbuilt
         self.families, self.format, self.is_flags = families, format, is_flags
+        self.implied, self.flags, self.title = implied, flags, title
 
 
 def size(*names: str) -> Arg:

@@ -10,7 +10,7 @@ from megatron_patch.launch.positional import UsageError
 def check_options(options: Iterable[str], known: Iterable[str]) -> None:
     """Raise UsageError for the first flag that is not `known`, with the nearest one that is."""
     known = list(known)
-    for name in _names(options):
+    for name in names(options):
         if name not in known:
             raise UsageError(unknown_flag(name, known))
 
@@ -32,11 +32,12 @@ def settings() -> list[str]:
 
 def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str]) -> RunConfig:
     """`run` with known `options` applied; `elsewhere` maps flags that a positional decides to that positional."""
-    for name in _names(options):
+    for name in names(options):
         if name in elsewhere:
             raise UsageError(f"{name} follows from {elsewhere[name]}; set that instead")
     return from_flags([*to_flags(run), *options])
 
 
-def _names(options: Iterable[str]) -> list[str]:
+def names(options: Iterable[str]) -> list[str]:
+    """The flags among `options`."""
     return [text.split("=")[0] for text in options if text.startswith("--")]

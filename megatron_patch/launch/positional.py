@@ -5,6 +5,8 @@ A refused command ends here, so nothing is imported that Python's own start-up h
 
 from collections.abc import Callable, Mapping, Sequence
 
+SLIPPED = 3  # wrong values in one command line that are no coincidence
+
 
 class UsageError(ValueError):
     """What the user typed cannot be run; the message says what, its value, what is allowed."""
@@ -62,8 +64,13 @@ def counts(table: Table) -> range:
 
 
 def read(table: Table, given: Sequence[str]) -> dict[str, object]:
-    """Name → value of every positional; `given` has a valid length. Raises UsageError for all wrong values together."""
+    """Name → value of every positional; `given` has a valid length. Raises UsageError for all wrong values together.
+
+    As many as a slip by one place makes are shown with the numbered table.
+    """
     wrong = _wrong(table, given)
+    if len(wrong) >= SLIPPED:
+        wrong.append(f"{len(wrong)} arguments look as if they stood in another's place:\n{numbered(table, given)}")
     if wrong:
         raise UsageError("\n".join(wrong))
     return {arg.name: arg.parse(text) for arg, text in zip(table, typed(table, given).values(), strict=True)}
@@ -169,9 +176,12 @@ def place(table: Table, name: str) -> str:
 
 
 class Request:
-    """One checked command line: values of arguments and variables together, texts as typed, what follows them."""
+    """One checked command line: values of arguments and variables together, texts as typed, what follows them.
 
-    __slots__ = ("environ", "families", "format", "is_dry", "options", "table", "texts", "values")
+    `families`, `format`, `flags` and `title` are the launcher's, and so are the values of what its table leaves out.
+    """
+
+    __slots__ = (*("environ", "families", "flags", "format", "is_dry", "options", "table", "texts", "title", "values"),)
 
     def __init__(
         self,
@@ -183,9 +193,12 @@ class Request:
         families: tuple[str, ...] = (),
         is_dry: bool = False,
         format: str = "",
+        flags: tuple[str, ...] = (),
+        title: str = "",
     ) -> None:
         self.table, self.values, self.texts, self.options = table, values, texts, options
         self.environ, self.families, self.is_dry, self.format = environ, families, is_dry, format
+        self.flags, self.title = flags, title
 
     def where(self, name: str) -> str:
         """How a message names the argument or variable `name`."""

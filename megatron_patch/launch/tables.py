@@ -1,53 +1,11 @@
-"""The tables of training and preprocessing, the environment variables, and every launcher by name."""
+"""The tables of preprocessing, and every launcher by name."""
 
 from megatron_patch.launch.conversion_tables import CONVERTERS
 from megatron_patch.launch.dataset_tables import DATASET_TOOLS
-from megatron_patch.launch.launcher import PP0_LAYERS, Launcher, size
+from megatron_patch.launch.launcher import Launcher
 from megatron_patch.launch.positional import Arg, Table
-from megatron_patch.launch.values import (
-    COUNT,
-    SWITCH,
-    WHOLE,
-    count,
-    keys,
-    number,
-    offloading,
-    on_or_off,
-    one_of,
-    recomputation,
-    switch,
-    whole,
-    words,
-)
-
-TRAINING: Table = (
-    Arg("ENV", one_of("dsw", "dlc"), "dsw (this machine) or dlc (several nodes)"),
-    size("7B", "7B-v0.2", "7B-v0.3", "8x7B"),
-    Arg("BATCH_SIZE", count, f"{COUNT}: samples per forward pass and data-parallel rank"),
-    Arg("GLOBAL_BATCH_SIZE", count, f"{COUNT}: samples per optimizer step"),
-    Arg("LR", number, "a number ≥ 0: peak learning rate"),
-    Arg("MIN_LR", number, "a number ≥ 0: final learning rate"),
-    Arg("SEQ_LEN", count, f"{COUNT}: tokens per sample"),
-    Arg("PAD_LEN", count, f"{COUNT}: tokens per raw fine-tuning record, padding included"),
-    Arg("PR", one_of("fp32", "bf16", "fp16", "fp8"), "fp32, bf16, fp16 or fp8"),
-    Arg("TP", count, f"{COUNT}: tensor-parallel ranks"),
-    Arg("PP", count, f"{COUNT}: pipeline stages"),
-    Arg("CP", count, f"{COUNT}: context-parallel ranks"),
-    Arg("EP", count, f"{COUNT}: expert-parallel ranks"),
-    Arg("SP", switch, f"{SWITCH}: sequence parallelism"),
-    Arg("DO", switch, f"{SWITCH}: shard master weights and optimizer state over data-parallel ranks"),
-    Arg("FL", switch, f"{SWITCH}: the fastest attention kernel available"),
-    Arg("SFT", switch, f"{SWITCH}: fine-tune on instructions, counted in iterations"),
-    Arg("AC", recomputation, "sel, full, offload, none or false (= none)"),
-    Arg("OPTIMIZER_OFFLOAD", offloading, "false, static, auto, or the share of the layers to move, such as 0.5"),
-    Arg("SAVE_INTERVAL", count, f"{COUNT}: iterations between checkpoints"),
-    Arg("DATASET_PATH", words, "a .bin/.idx prefix, 'weight prefix weight prefix …', or a JSON file (raw)"),
-    Arg("VALID_DATASET_PATH", words, "the same for validation"),
-    Arg("PRETRAIN_CHECKPOINT_PATH", words, "a checkpoint directory, or none"),
-    Arg("TRAIN_TOKENS_OR_ITERS", count, f"{COUNT}: tokens, or iterations when SFT=true"),
-    Arg("WARMUP_TOKENS_OR_ITERS", whole, f"{WHOLE}: tokens, or iterations when SFT=true"),
-    Arg("OUTPUT_BASEPATH", words, "the directory for checkpoints and logs"),
-)
+from megatron_patch.launch.training_tables import TRAINERS
+from megatron_patch.launch.values import COUNT, SWITCH, count, keys, on_or_off, one_of, switch, words
 
 # Tokenizer names that documents pass, and the output prefix each has always had.
 PREFIXES = {
@@ -83,17 +41,8 @@ SFT_PREPROCESSING: Table = (
 
 DRY_RUN = Arg("MP_DRY_RUN", on_or_off, "1 (print the plan, start nothing) or 0", default="0")
 
-VARIABLES: Table = (
-    Arg("MP_DATASET_TYPE", one_of("idxmap", "raw"), "idxmap or raw", default="idxmap"),
-    Arg("MP_SFT_PACKING", switch, SWITCH, default="false"),
-    Arg("MP_VP", whole, f"{WHOLE}: layers per virtual pipeline stage; 0: none", default="0"),
-    Arg("MP_AC_LAYERS", whole, f"{WHOLE}: layers recomputed or offloaded together", default="0"),
-    PP0_LAYERS,
-)
-
-
 LAUNCHERS = {
-    "mistral": Launcher("training", TRAINING, variables=VARIABLES, families=("mistral", "mixtral")),
+    **TRAINERS,
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
     **CONVERTERS,

@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 LARGEST_EXACT_FLOAT = 2**53
 LARGEST = 2**63 - 1
 WHOLE, COUNT, SWITCH = "a whole number ≥ 0", "a whole number ≥ 1", "true or false"
+RATE = "a number from 0 to 1"
 
 
 def whole(text: str) -> int:
-    """A whole number ≥ 0; `10_000` and `1e9` are numbers too."""
+    """A whole number ≥ 0; `10_000` and `1e9` are numbers too, and digits of other scripts are not."""
+    if not text.isascii():
+        raise ValueError(f"{text} is not a number")
     try:
         value = int(text)
     except ValueError:
@@ -29,11 +32,11 @@ def count(text: str) -> int:
     return value
 
 
-def number(text: str) -> float:
-    """A finite number ≥ 0."""
+def rate(text: str) -> float:
+    """A number from 0 to 1: no learning rate is higher, and what is higher belongs to another argument."""
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{text} is negative or not finite")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text} is not from 0 to 1")
     return value
 
 

@@ -12,6 +12,7 @@ from megatron_patch.config.checkpoint import RUN
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.resolve import read_config
+from megatron_patch.families.upcycle import upcycled_hf_config
 from megatron_patch.model.build import DTYPES
 
 
@@ -23,7 +24,9 @@ def write_companions(run: RunConfig, root: Path) -> None:
         hf = family.hf_config(run.model, dtype="float32")
     else:
         copy_assets(Path(load), root, MODEL if tokenizer else (*MODEL, *TOKENIZER))
-        hf = family.restated(read_config(load), run.model)
+        start = read_config(load)
+        is_other = run.checkpoint.upcycle
+        hf = upcycled_hf_config(start, family, run.model, "float32") if is_other else family.restated(start, run.model)
     if tokenizer:
         copy_assets(Path(tokenizer), root, TOKENIZER)
     write_text(root / "config.json", as_json(hf))

@@ -21,7 +21,7 @@ from commands import (
 )
 
 from megatron_patch.families import ALL
-from megatron_patch.launch import tables
+from megatron_patch.launch import training_tables
 from megatron_patch.launch.__main__ import main
 from megatron_patch.launch.cluster import cores
 from megatron_patch.launch.positional import UsageError
@@ -32,7 +32,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def test_the_tables_are_the_documents():
-    assert [arg.name for arg in tables.TRAINING] == NAMES
+    assert [arg.name for arg in training_tables.TRAINING] == NAMES
 
 
 def test_every_size_that_is_offered_is_a_families():
@@ -243,7 +243,7 @@ def test_preprocessing_refuses_an_unknown_tokenizer_and_missing_files(refused, t
 
 def test_an_unknown_launcher_is_refused_with_the_known(capsys):
     assert main(["mixtral"]) == 2
-    assert "mistral, pretraining-dataset, sft-dataset, mistral-convert" in capsys.readouterr().err
+    assert "there are mistral, deepseek, llama-pretrain, " in capsys.readouterr().err
 
 
 def test_help_shows_the_table(capsys):

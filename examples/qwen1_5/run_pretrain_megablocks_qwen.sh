@@ -1,0 +1,44 @@
+#!/bin/sh
+# Pre-train Qwen1.5 as a dropless mixture of experts. 25 positionals.
+#
+#    1 ENV                       dsw (this machine) | dlc (several nodes)
+#    2 MEGATRON_PATCH_PATH       anything: accepted and ignored
+#    3 MODEL_SIZE                0.5B | 1.8B | 4B | 7B | 14B | 32B | 72B | A2.7B | auto (from config.json)
+#    4 BATCH_SIZE                samples per forward pass and data-parallel rank
+#    5 GLOBAL_BATCH_SIZE         samples per optimizer step
+#    6 LR                        peak learning rate
+#    7 MIN_LR                    final learning rate
+#    8 SEQ_LEN                   tokens per sample
+#    9 PAD_LEN                   the most tokens a sample of the model may have
+#   10 EXTRA_VOCAB_SIZE          the config's vocab_size less the tokenizer's | 0: not used
+#   11 PR                        bf16 | fp16 | fp8 | fp32
+#   12 TP                        tensor-parallel ranks
+#   13 PP                        pipeline stages
+#   14 AC                        recompute or offload activations: sel | full | offload | false
+#   15 DO                        distributed optimizer: true | false
+#   16 FL                        fastest attention kernel: true | false
+#   17 SP                        sequence parallelism: true | false
+#   18 TE                        accepted: true | false; layers are PyTorch's either way
+#   19 MOE                       a mixture of experts, made of the dense model's MLP unless it is one already: true | false
+#   20 SAVE_INTERVAL             iterations between checkpoints
+#   21 DATASET_PATH              .bin/.idx prefix, or 'weight prefix weight prefix …'
+#   22 PRETRAIN_CHECKPOINT_PATH  directory to start from, or none (then also --tokenizer-model DIR)
+#   23 TRAIN_TOKENS              tokens to train on
+#   24 WARMUP_TOKENS             tokens of warm-up
+#   25 OUTPUT_BASEPATH           directory for checkpoints and logs
+#
+# With MOE true a dense PRETRAIN_CHECKPOINT_PATH becomes 8 experts while it is loaded, each a copy of its MLP, and a
+# router sends each token to 1 of them (--moe-router-topk). EP is what the data-parallel ranks and the experts can
+# share.
+# Validation takes its share of DATASET_PATH (--split 99,1,0).
+# MP_DRY_RUN=1 prints the plan and starts nothing. NPROC_PER_NODE sets the number of ranks; MP_VP layers per virtual
+# stage, MP_PP0_LAYERS those of the first stage, MP_AC_LAYERS those recomputed or offloaded together. Any --flag
+# after the positionals overrides a derived setting (--log-interval 10).
+#
+#   sh run_pretrain_megablocks_qwen.sh dsw ../.. 0.5B 1 8 1e-5 1e-6 2048 32768 293 fp16 1 1 sel false false true \
+#     false true 100 /mnt/qwen-datasets/wudao_qwenbpe_text_document /mnt/qwen-ckpts/Qwen1.5-0.5B 10000000000 100000 \
+#     /mnt/qwen-ckpts/debug
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH
+exec python3 -m megatron_patch.launch qwen-megablocks-pretrain "$@"
