@@ -80,7 +80,7 @@ class LayerCache:
         return self.attend_to(q_BNLD, k_BGSD, v_BGSD, core.scale)
 
     def attend_to(self, q_BN1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float | None) -> Tensor:
-        """Attention [B, N, 1, D] of each row's new token; the query heads of a group are queries of its one key head."""
+        """Attention [B, N, 1, D] of each row's new token: a group's query heads are so many queries of its key head."""
         q_BGRD = q_BN1D.unflatten(1, (k_BGSD.shape[1], -1)).squeeze(3)
         out_BGRD = scaled_dot_product_attention(q_BGRD, k_BGSD, v_BGSD, attn_mask=self.cache.mask, scale=scale)
         return out_BGRD.flatten(1, 2).unsqueeze(2)

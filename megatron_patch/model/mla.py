@@ -5,7 +5,7 @@ Context-parallel ranks gather the latent and the shared rotated channels, a frac
 heads would be, and each expands them.
 
 Shapes: S sequence, of which this context-parallel rank holds L tokens, B batch, H hidden, N heads of this rank; a query
-and a key head hold C channels without position and then P rotated ones, a value head V channels; the latent has K channels.
+and a key head hold C channels without position and then P rotated ones, a value head V channels; the latent holds K.
 """
 
 import torch

@@ -1,0 +1,1 @@
+"""A loaded model on any layout: what it says of given tokens, and what it writes after them."""

@@ -1,0 +1,69 @@
+"""Tokens and text: a prompt's ids with one BOS, an answer's text, and its characters as they become whole."""
+
+from collections.abc import Sequence
+from typing import Any
+
+UNKNOWN = "\ufffd"  # what the first bytes of a character decode to
+LONGEST_CHARACTER = 4  # bytes, each a token of its own in the worst case
+
+
+def encode(tokenizer: Any, text: str, *, adds_special_tokens: bool = True) -> list[int]:
+    """The ids of a text that goes on: a BOS in front where the tokenizer puts one, never two, and no EOS behind."""
+    ids = list(tokenizer(text, add_special_tokens=adds_special_tokens).input_ids)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while len(ids) > 1 and ids[0] == ids[1] == bos and bos is not None:
+        del ids[0]
+    if adds_special_tokens and ids[-1:] == [eos] and _appends_eos(tokenizer):
+        del ids[-1]
+    return ids
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+    """The text of `tokens` without special tokens, up to the first stop string in it."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def holds_stop(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str]) -> bool:
+    """Whether one of `stop_strings` has just been completed: only the last tokens are read."""
+    if not stop_strings:
+        return False
+    count = LONGEST_CHARACTER * (max(len(stop.encode()) for stop in stop_strings) + 1)
+    tail = tokenizer.decode(tokens[-count:], skip_special_tokens=True)
+    return any(stop in tail for stop in stop_strings)
+
+
+class TextStream:
+    """Text as its tokens come: what `add` returns is never changed by a later token, and holds whole characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.begin = self.end = 0  # tokens[begin:end] were told; they stay for the spaces that depend on them
+
+    def add(self, token: int) -> str:
+        """What there is to tell now; empty while a character is not complete."""
+        self.tokens.append(token)
+        new = self._untold()
+        return "" if new.endswith(UNKNOWN) else self._told(new)
+
+    def finish(self) -> str:
+        """What was held back, whole or not."""
+        return self._told(self._untold())
+
+    def _untold(self) -> str:
+        told = self._text(self.tokens[self.begin : self.end])
+        return self._text(self.tokens[self.begin :])[len(told) :]
+
+    def _told(self, new: str) -> str:
+        if new:
+            self.begin, self.end = self.end, len(self.tokens)
+        return new
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _appends_eos(tokenizer: Any) -> bool:
+    return tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
