@@ -96,8 +96,8 @@ class Engine:
             self._check_ids([*context, *continuation])
             if not context or not continuation or len(continuation) > longest:
                 raise ValueError(
-                    f"a context has {len(context)} tokens and its continuation {len(continuation)}; each needs one, and "
-                    f"a continuation may have {longest}"
+                    f"a context has {len(context)} tokens and its continuation {len(continuation)}; each needs one, "
+                    f"and a continuation may have {longest}"
                 )
         by_length = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
         batches = [by_length[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
