@@ -55,12 +55,13 @@ def _ranges(run: RunConfig) -> Iterator[Rule]:
         (parallel, _given(parallel, OPTIONAL_SIZES)),
         (run.data, "seq_length max_padding_length"),
         (run.checkpoint, "save_interval"),
-        (run, "micro_batch_size global_batch_size log_interval eval_interval eval_iters max_nonfinite_steps"),
+        (run, "micro_batch_size global_batch_size log_interval eval_interval max_nonfinite_steps"),
     )
     at_least_zero = (
         (optimizer, "lr min_lr lr_warmup_iters weight_decay clip_grad"),
         (run.checkpoint, "keep_last"),
         (run.data, "show_samples"),
+        (run, "eval_iters"),
         (run.memory, "cpu_offloading_num_layers"),
     )
     yield from _each_in_range(at_least_one, at_least_zero, ((optimizer, "adam_eps"),))

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import check_instruction_files, check_sample_documents, read_header
 from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.splits import Divide, parse_split, shifted_split_range, split_range
+from megatron_patch.data.splits import parse_split, shifted_split_range, split_range
 from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.weights import check_weights
 
@@ -40,7 +40,10 @@ def present_obstacles(*checks: Callable[[], None]) -> list[str]:
 
 
 def check_training_data(run: RunConfig) -> None:
-    """Raise unless every training dataset is there and whole, and what it shares with validation leaves both some."""
+    """Raise unless every training dataset is there and whole, and what it shares with validation leaves both some.
+
+    With no validation to do, it may leave that none.
+    """
     is_divided = run.data.train_data_path == run.data.valid_data_path
     if is_divided:
         parse_split(run.data.split)
@@ -49,12 +52,15 @@ def check_training_data(run: RunConfig) -> None:
         is_instruction = run.data.is_instruction_dataset
         read, divide = (check_instruction_files, shifted_split_range) if is_instruction else (read_header, split_range)
         for source in parse_blend(run.data.train_data_path):
-            _check_split(source.prefix, run.data.split, read(source.prefix).sequences, divide)
+            documents = read(source.prefix).sequences
+            for name in ("train", "valid") if run.eval_iters else ("train",):
+                _check_split(source.prefix, run.data.split, name, *divide(run.data.split, name, documents), documents)
 
 
 def check_validation_data(run: RunConfig) -> None:
-    """The same for validation."""
-    _check_dataset(run, run.data.valid_data_path)
+    """The same for validation, if there is any."""
+    if run.eval_iters:
+        _check_dataset(run, run.data.valid_data_path)
 
 
 def check_checkpoint(run: RunConfig) -> None:
@@ -109,14 +115,12 @@ def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
             check_sample_documents(header, run.data.seq_length)
 
 
-def _check_split(prefix: str, split: str, documents: int, divide: Divide) -> None:
-    for name in ("train", "valid"):
-        first, last = divide(split, name, documents)
-        if first == last:
-            raise ValueError(
-                f"split {split!r} leaves nothing of dataset {prefix!r} ({documents} documents) for {name}; "
-                "change --split, or name another validation dataset"
-            )
+def _check_split(prefix: str, split: str, name: str, first: int, last: int, documents: int) -> None:
+    if first == last:
+        raise ValueError(
+            f"split {split!r} leaves nothing of dataset {prefix!r} ({documents} documents) for {name}; "
+            "change --split, or name another validation dataset"
+        )
 
 
 def _check_file(path: str) -> None:

@@ -74,7 +74,7 @@ def train(run: RunConfig, mesh: Mesh) -> None:
         saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
         try:
             with using(kernel, chunks), noted() as is_stop_asked:
-                if beginning.checkpoint is None:
+                if beginning.checkpoint is None and run.eval_iters:
                     log.before_training(evaluate(passes, validation, mesh))
                 for iteration, micro_batches in enumerate(batches, beginning.iteration + 1):
                     if _iterate(training, log, saver, iteration, micro_batches, is_stop_asked):
@@ -105,7 +105,7 @@ def _iterate(
     routing = router_fields(training.passes.chunks, training.mesh)
     fields = log.iteration(iteration, {"learning rate": rate} | result.fields() | routing)
     _look_at(training, log, iteration, result, micro_batches)
-    is_validated = _due(run, iteration, run.eval_interval)
+    is_validated = run.eval_iters > 0 and _due(run, iteration, run.eval_interval)
     validation = evaluate(training.passes, training.validation, training.mesh) if is_validated else None
     log.finish(iteration, fields, validation)
     is_stopping = _on_any_rank(is_stop_asked(), training.mesh)
@@ -167,7 +167,7 @@ def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable
     }
     return (
         training_batches(run.data, tokenizer, train_iters=run.train_iters, start_iteration=start_iteration, **dealt),
-        validation_batches(run.data, tokenizer, eval_iters=run.eval_iters, **dealt),
+        validation_batches(run.data, tokenizer, eval_iters=run.eval_iters, **dealt) if run.eval_iters else [],
     )
 
 

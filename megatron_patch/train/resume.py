@@ -14,10 +14,9 @@ from megatron_patch.checkpoint.dcp_source import read_region, read_weights_index
 from megatron_patch.checkpoint.distcp import Stored
 from megatron_patch.checkpoint.formats import detect_format
 from megatron_patch.checkpoint.mcore import latest_directory
-from megatron_patch.checkpoint.source import open_checkpoint
+from megatron_patch.checkpoint.source import open_start_weights
 from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.run import RunConfig
-from megatron_patch.families import ALL
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.agreement import together
@@ -113,15 +112,15 @@ def begin(
     if beginning.checkpoint is not None:
         restore(beginning.checkpoint, chunks, optimizer, entries, mesh)
         return beginning.notes
-    load, family = run.checkpoint.load, ALL[run.family]
+    load = run.checkpoint.load
     if load is None:
         source = RandomWeights(run.model, entries, run.data.seed)
         load_weights(chunks, entries, source, mesh)
         return (*beginning.notes, f"starting from {source.describe()}, with a new optimizer")
-    if detect_format(Path(load)).name == "dcp":
+    if detect_format(Path(load)).name == "dcp" and not run.checkpoint.upcycle:
         described = _load_dcp(Path(load), chunks, entries, mesh, group)
     else:
-        source = open_checkpoint(load, family, run.model)
+        source = open_start_weights(run)
         load_weights(chunks, entries, source, mesh)
         described = source.describe()
     return (*beginning.notes, f"starting from {described} in {load}, with a new optimizer")
