@@ -322,8 +322,8 @@ def _inputs(run: RunConfig) -> Iterator[Rule]:
         "without a checkpoint to load, --tokenizer-model must name the tokenizer's directory",
     )
     yield (
-        run.data.dataset != "JSON-SFT" or len(run.data.train_data_path) == len(run.data.valid_data_path) == 1,
-        "raw records come from one JSON file each for training and validation",
+        run.data.dataset == "JSON-SFT" or run.data.map_keys is None,
+        "map_keys is of raw records; name the keys of .bin/.idx samples to the command that makes them",
     )
     yield (
         not is_pretraining or not run.data.sft_packing,

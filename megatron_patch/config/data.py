@@ -37,6 +37,9 @@ class DataConfig:
     tokenizer_model: str | None = setting("tokenizer directory; absent: the checkpoint's own", None)
     trust_remote_code: bool = setting("let the tokenizer directory run its own Python code", False)
     prompt_type: str | None = setting("template of raw records; absent: the tokenizer's, else the family's", None)
+    map_keys: str | None = setting(
+        "JSON object: which keys of raw records hold prompt, query, response, system or messages", None
+    )
     show_samples: int = setting("raw records printed at the start as they are tokenised, what is learned in colour", 0)
     data_cache_path: str | None = setting("where indices and tokenised records are cached; absent: nowhere", None)
     seed: int = setting("seed of sample order and random initialisation", 1234)

@@ -8,13 +8,14 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from glob import glob
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from megatron_patch.data.json_lines import Record, check_object, is_array, parse_line, read_array
+from megatron_patch.data.json_lines import Check, Record, check_object, is_array, parse_line, read_array
 from megatron_patch.data.zstd import ZstandardFile
 
 FORMATS = {
@@ -29,10 +30,13 @@ FROM_LINES = "text"  # the key of a text file's lines
 
 
 class Row(NamedTuple):
-    """One record and its place (`file, line 3`); a row that cannot be read has a sentence instead of a record."""
+    """One record and its place (`file, line 3`); a row that cannot be read has a sentence instead of a record.
+
+    Where the reader accepts lists, the record is one or a list of them.
+    """
 
     place: str
-    record: Record | None
+    record: Any
     problem: str = ""
 
 
@@ -72,8 +76,11 @@ def natural(path: Path) -> tuple[Any, ...]:
     return tuple(tuple((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in part) for part in parts)
 
 
-def read_rows(path: Path, keys: Sequence[str], batch_bytes: int) -> Iterator[Rows]:
+def read_rows(path: Path, keys: Sequence[str] | None, batch_bytes: int, check: Check = check_object) -> Iterator[Rows]:
     """Every row of one file, in batches of about `batch_bytes`. Columnar files are asked for `keys` only.
+
+    Without `keys` these give every column, and a row has those in which it holds something. `check` is what a JSON
+    value must pass to be a record.
 
     Raises ValueError for a file that cannot be read further; a single bad row is a `Row` that says so.
     """
@@ -82,7 +89,7 @@ def read_rows(path: Path, keys: Sequence[str], batch_bytes: int) -> Iterator[Row
             yield from _columns(path, keys)
             return
         with path.open("rb") as raw:
-            yield from _plain(path, raw, batch_bytes)
+            yield from _plain(path, raw, batch_bytes, check)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged or truncated: {error}") from None
     except Exception as error:
@@ -136,16 +143,16 @@ def _is_sidecar(path: Path) -> bool:
     return path.suffix == ".json" and path.with_suffix(".idx").is_file()
 
 
-def _plain(path: Path, raw: io.BufferedReader, batch_bytes: int) -> Iterator[Rows]:
+def _plain(path: Path, raw: io.BufferedReader, batch_bytes: int, check: Check) -> Iterator[Rows]:
     with _decompressed(path, raw) as file:
         format = format_of(path)
         if format == "CSV":
             yield from _gathered(_csv(path, file), batch_bytes, raw)
         elif format == "JSON" and _suffix(path) != ".jsonl" and is_array(file):
-            rows = (Row(place, *_checked(value, place)) for place, value in read_array(file, path))
+            rows = (Row(place, *_checked(value, place, check)) for place, value in read_array(file, path))
             yield from _gathered(rows, batch_bytes, raw)
         else:
-            parse = _text_line if format == "text" else parse_line
+            parse = _text_line if format == "text" else partial(parse_line, check=check)
             yield from _lines(path, file, batch_bytes, raw, parse)
 
 
@@ -217,9 +224,9 @@ def _decoded(path: Path, file: BinaryIO, undecodable: list[str]) -> Iterator[str
             yield line.decode(errors="replace")
 
 
-def _checked(value: Any, place: str) -> tuple[Record | None, str]:
+def _checked(value: Any, place: str, check: Check) -> tuple[Any, str]:
     try:
-        return check_object(value, place), ""
+        return check(value, place), ""
     except ValueError as error:
         return None, str(error)
 
@@ -242,29 +249,33 @@ def _together(batch: list[Row | None], raw: BinaryIO) -> Rows:
 
 
 def _characters(row: Row | None) -> int:
-    return (
-        sum(len(value) for value in row.record.values() if isinstance(value, (str, list))) if row and row.record else 1
-    )
+    if row is None or row.record is None:
+        return 1
+    records = row.record if isinstance(row.record, list) else [row.record]
+    values = [value for record in records for value in record.values()]
+    return 1 + sum(len(value if isinstance(value, str) else str(value)) for value in values)
 
 
-def _columns(path: Path, keys: Sequence[str]) -> Iterator[Rows]:
+def _columns(path: Path, keys: Sequence[str] | None) -> Iterator[Rows]:
     check_readable([path])
     size, number = path.stat().st_size, 0
     total, names, tables = _parquet(path, keys) if format_of(path) == "Parquet" else _arrow(path)
-    missing = [key for key in keys if key not in names]
+    missing = [key for key in keys or () if key not in names]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r} among {', '.join(names)}; name others with --json-keys")
     for table in tables:
-        records = table.select(list(keys)).to_pylist()
+        records = table.to_pylist() if keys is None else table.select(list(keys)).to_pylist()
+        if keys is None:
+            records = [{key: value for key, value in record.items() if value is not None} for record in records]
         rows = [Row(f"{path}, row {number + k}", record) for k, record in enumerate(records, 1)]
         number += len(records)
         yield Rows(rows, 0, size * number // max(total or number, 1))
 
 
-def _parquet(path: Path, keys: Sequence[str]) -> tuple[int, list[str], Iterator[Any]]:
+def _parquet(path: Path, keys: Sequence[str] | None) -> tuple[int, list[str], Iterator[Any]]:
     file = import_module("pyarrow.parquet").ParquetFile(path, memory_map=True)
     names = file.schema_arrow.names
-    columns = [key for key in keys if key in names]
+    columns = None if keys is None else [key for key in keys if key in names]
     return file.metadata.num_rows, names, file.iter_batches(ROWS_PER_BATCH, columns=columns)
 
 

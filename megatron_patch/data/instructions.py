@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.gpt import Sample
 from megatron_patch.data.index_cache import cached
-from megatron_patch.data.json_lines import Record, read_records
+from megatron_patch.data.inputs import Row, check_readable, read_rows, resolve_inputs
+from megatron_patch.data.json_lines import Check, Record, check_object
+from megatron_patch.data.left_out import LeftOut, nothing_left_out
 from megatron_patch.data.prompts import Rendered, Renderer
-from megatron_patch.data.records import conversation
+from megatron_patch.data.records import NAMES, Names, conversation
 from megatron_patch.data.sidecar import describe_source
 
 RECORDS_PER_CALL = 1024
+# Input bytes that are read at once, which bounds memory while records are tokenised.
+BYTES_PER_BATCH = 1 << 20
 
 
 class Tokenised(NamedTuple):
@@ -28,27 +33,36 @@ class Tokenised(NamedTuple):
     learned: npt.NDArray
 
 
+class Item(NamedTuple):
+    """A record and its place (`file, line 3`), or the records that an input wants in one sample."""
+
+    place: str
+    records: list[Tokenised]
+    is_pack: bool
+
+
+class Material(NamedTuple):
+    """Files of fine-tuning records, and what turns them into tokens."""
+
+    files: tuple[Path, ...]
+    tokenizer: PreTrainedTokenizerFast
+    renderer: Renderer
+    names: Names
+
+
 class InstructionDataset:
     """Samples of `length` tokens, one per record, padded at the end; loss on the answers and their end markers only.
 
     Longer records are truncated. Records whose prompt leaves no room for an answer token are left out and counted in
-    `skipped`. With a `cache_path` one process of a node tokenises a file, and all map the same tokens; the same file,
-    tokenizer, template and length are not tokenised again. Raises ValueError for a malformed record (naming file and
-    place) and when no record remains.
+    `skipped`. With a `cache_path` one process of a node tokenises the files, and all map the same tokens; the same
+    files, tokenizer, template and length are not tokenised again. Raises ValueError for a malformed record (naming file
+    and place) and when no record remains.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        tokenizer: PreTrainedTokenizerFast,
-        renderer: Renderer,
-        *,
-        length: int,
-        cache_path: str | None = None,
-    ) -> None:
-        self.length, self.pad = length, pad_id(tokenizer)
-        key = {} if cache_path is None else _key(path, tokenizer, renderer, length)
-        arrays = cached(cache_path, key, lambda: _gathered(path, tokenizer, renderer, length))
+    def __init__(self, material: Material, *, length: int, cache_path: str | None = None) -> None:
+        self.length, self.pad = length, pad_id(material.tokenizer)
+        key = {} if cache_path is None else _key(material, length)
+        arrays = cached(cache_path, key, lambda: _gathered(material, length))
         self._ids, self._learned, self._bounds, skipped = arrays
         self.skipped = int(skipped)
 
@@ -78,38 +92,73 @@ class InstructionDataset:
         return Sample(tokens, labels, loss_mask, starts)
 
 
-def _key(
-    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer, length: int
-) -> dict[str, Any]:
-    """All that the tokens of a file depend on."""
-    texts = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": renderer.template}
+def material_of(
+    words: Sequence[str | os.PathLike[str]],
+    tokenizer: PreTrainedTokenizerFast,
+    renderer: Renderer,
+    names: Names = NAMES,
+    *,
+    is_recursive: bool = False,
+) -> Material:
+    """The files that `words` name: files, directories, patterns. Raises as `resolve_inputs` and `check_readable` do."""
+    files = tuple(resolve_inputs([os.fspath(word) for word in words], is_recursive))
+    check_readable(files)
+    return Material(files, tokenizer, renderer, names)
+
+
+def _key(material: Material, length: int) -> dict[str, Any]:
+    """All that the tokens of the files depend on."""
+    texts = {"tokenizer": material.tokenizer.backend_tokenizer.to_str(), "template": material.renderer.template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    return {"records": describe_source(path)["sha256"], **digests, "length": length}
+    records = [describe_source(path)["sha256"] for path in material.files]
+    return {"records": records, "names": material.names, **digests, "length": length}
 
 
-def _gathered(
-    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer, length: int
-) -> tuple[npt.NDArray, ...]:
+def _gathered(material: Material, length: int) -> tuple[npt.NDArray, ...]:
     """Ids, what is learned of them, the bounds of the records in both, and how many were left out."""
     records, skipped = [], 0
-    for record in tokenised(path, tokenizer, renderer):
-        cut = Tokenised(*(part[: length + 1] for part in record))  # the extra token is the last label
+    for item in tokenised(material):
+        cut = Tokenised(*(part[: length + 1] for part in item.records[0]))  # the extra token is the last label
         if cut.learned[1:].any():
             records.append(cut)
         else:
             skipped += 1
     if not records:
-        raise ValueError(nothing_left(path, skipped, length))
+        raise ValueError(nothing_left(material.files, skipped, length))
     bounds = np.cumsum([0, *(len(record.ids) for record in records)])
     ids, learned = (np.concatenate(parts) for parts in zip(*records, strict=True))
     return ids, learned, bounds, np.array(skipped)
 
 
-def tokenised(
-    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast, renderer: Renderer
-) -> Iterator[Tokenised]:
-    """Every record of a file, in its order. Raises ValueError naming file and place of a malformed one."""
-    return encoded((_render(record, where, renderer) for where, record in read_records(path)), tokenizer, renderer)
+def tokenised(material: Material, left_out: LeftOut | None = None, check: Check = check_object) -> Iterator[Item]:
+    """Every record of the files, in their order; with `check_objects` also lists of them.
+
+    What cannot be used goes to `left_out`. Without it, it raises ValueError naming file and place.
+    """
+    left_out = nothing_left_out() if left_out is None else left_out
+    for path in material.files:
+        for rows in read_rows(path, None, BYTES_PER_BATCH, check):
+            left_out.counts.update({"blank": rows.blank} if rows.blank else {})
+            rendered = [(row, texts) for row in rows.rows if (texts := _rendered(row, material, left_out))]
+            every = encoded((text for _, texts in rendered for text in texts), material.tokenizer, material.renderer)
+            for row, texts in rendered:
+                yield Item(row.place, list(islice(every, len(texts))), isinstance(row.record, list))
+
+
+def _rendered(row: Row, material: Material, left_out: LeftOut) -> list[Rendered]:
+    """The texts of a row's records; none if it is left out."""
+    if row.record is None:
+        left_out.add("malformed", row.problem)
+        return []
+    records = row.record if isinstance(row.record, list) else [row.record]
+    try:
+        return [
+            _render(record, row.place if record is row.record else f"{row.place}, its record {number}", material)
+            for number, record in enumerate(records, 1)
+        ]
+    except ValueError as error:
+        left_out.add("unusable", str(error))
+        return []
 
 
 def encoded(
@@ -128,11 +177,12 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def nothing_left(path: str | os.PathLike[str], skipped: int, length: int) -> str:
-    """The sentence about a file that gives no sample."""
+def nothing_left(files: Sequence[Path], skipped: int, length: int) -> str:
+    """The sentence about files that give no sample."""
+    name = f"{files[0]} (and {len(files) - 1} more)" if len(files) > 1 else f"{files[0]}"
     if not skipped:
-        return f"{os.fspath(path)} holds no record"
-    return f"{os.fspath(path)}: none of {skipped} records has a prompt of at most {length} tokens"
+        return f"{name} holds no record"
+    return f"{name}: none of {skipped} records has a prompt of at most {length} tokens"
 
 
 def _learned(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> npt.NDArray:
@@ -148,8 +198,8 @@ def _learned(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> npt.NDArra
     return learned & (np.array(encoding.special_tokens_mask) == 0)
 
 
-def _render(record: Record, where: str, renderer: Renderer) -> Rendered:
+def _render(record: Record, where: str, material: Material) -> Rendered:
     try:
-        return renderer.render(conversation(record))
+        return material.renderer.render(conversation(record, material.names))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

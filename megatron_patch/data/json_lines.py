@@ -4,15 +4,31 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 Record = dict[str, Any]
+Check = Callable[[Any, str], Any]  # (value, place) → the value, or ValueError naming the place
 
 
-def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record:
-    """One line as an object. Raises ValueError naming file, line and column."""
+def check_object(value: Any, where: str) -> Record:
+    """`value`, an object. Raises ValueError naming `where` for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {type(value).__name__} instead of an object with named fields")
+    return value
+
+
+def check_objects(value: Any, where: str) -> Record | list[Record]:
+    """An object, or a list of them, which is not empty. Raises ValueError naming `where` for anything else."""
+    if not isinstance(value, list):
+        return check_object(value, where)
+    if not value:
+        raise ValueError(f"{where}: an empty list instead of records that belong together")
+    return [check_object(one, f"{where}, its record {number}") for number, one in enumerate(value, 1)]
+
+
+def parse_line(line: bytes, path: str | os.PathLike[str], number: int, check: Check = check_object) -> Any:
+    """One line as what `check` accepts, an object. Raises ValueError naming file, line and column."""
     where = f"{os.fspath(path)}, line {number}"
     try:
         value = json.loads(line.rstrip())
@@ -23,7 +39,7 @@ def parse_line(line: bytes, path: str | os.PathLike[str], number: int) -> Record
         raise ValueError(f"{where}, column {error.start + 1}: the byte {byte:#04x} is not UTF-8") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise ValueError(f"{where}: {error}") from None
-    return check_object(value, where)
+    return check(value, where)
 
 
 def check_characters(text: str) -> None:
@@ -33,23 +49,6 @@ def check_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise ValueError(f"character {error.start + 1} is {half!a}, half of a surrogate pair") from None
-
-
-def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Record]]:
-    """Every object of a JSON array or of a JSON-lines file, each with its place (`file, line 3`).
-
-    Blank lines are passed over. Raises FileNotFoundError, or ValueError naming the place that cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; it should hold JSON records")
-    with path.open("rb") as file:
-        if is_array(file):
-            yield from ((where, check_object(value, where)) for where, value in read_array(file, path))
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", parse_line(line, path, number)
 
 
 def is_array(file: io.BufferedReader | gzip.GzipFile) -> bool:
@@ -69,10 +68,3 @@ def read_array(file: BinaryIO, path: str | os.PathLike[str]) -> Iterator[tuple[s
         raise ValueError(f"{path}: {error}") from None
     for number, value in enumerate(array, 1):
         yield f"{path}, record {number}", value
-
-
-def check_object(value: Any, where: str) -> Record:
-    """`value`, an object. Raises ValueError naming `where` for anything else."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {type(value).__name__} instead of an object with named fields")
-    return value

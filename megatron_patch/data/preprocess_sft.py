@@ -6,21 +6,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerFast
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.command_line import count, limit_threads, positive, status_of
 from megatron_patch.data.indexed import IndexedDatasetBuilder
-from megatron_patch.data.instructions import Tokenised, nothing_left, pad_id, tokenised
+from megatron_patch.data.instructions import Item, Material, Tokenised, material_of, nothing_left, pad_id, tokenised
+from megatron_patch.data.json_lines import check_objects
+from megatron_patch.data.left_out import LeftOut, counted, nothing_left_out
 from megatron_patch.data.packing import pack
-from megatron_patch.data.prompts import PROMPTS, Renderer
+from megatron_patch.data.prompts import PROMPTS
+from megatron_patch.data.records import resolve_names
 from megatron_patch.data.sft_index import DTYPE, document
 from megatron_patch.data.show import shown
 from megatron_patch.data.sidecar import describe, describe_source
 from megatron_patch.data.tokenizer import identity, load_tokenizer
+
+Group = list[Tokenised]  # the records of one sample
 
 
 class Report(NamedTuple):
@@ -35,63 +38,76 @@ class Report(NamedTuple):
 
 
 def preprocess(
-    path: str,
-    output_prefix: str,
-    tokenizer: PreTrainedTokenizerFast,
-    renderer: Renderer,
-    *,
-    seq_length: int,
-    is_packed: bool,
+    material: Material, output_prefix: str, *, seq_length: int, is_packed: bool, left_out: LeftOut | None = None
 ) -> Report:
     """Write `<output_prefix>_text_document`: a document of 2 × `seq_length` numbers per record, or per pack of them.
 
-    The files appear when all records are done. Raises ValueError naming file and place of a malformed record, and when
-    no record remains.
+    A list of records is a pack of its own either way. What cannot be used goes to `left_out`; without it, it raises
+    ValueError naming file and place, as an input of which no record remains does in any case. The files appear when all
+    records are done.
     """
+    left_out = nothing_left_out() if left_out is None else left_out
     counts: Counter[str] = Counter()
-    records = _usable(tokenised(path, tokenizer, renderer), seq_length, counts)
-    prefix = f"{output_prefix}_text_document"
+    groups = _usable(tokenised(material, left_out, check_objects), seq_length, counts, left_out)
+    pad, prefix = pad_id(material.tokenizer), f"{output_prefix}_text_document"
     with IndexedDatasetBuilder(prefix, DTYPE) as builder:
-        for row in _packed(records, seq_length) if is_packed else ([record] for record in records):
-            builder.add(document(row, seq_length, pad_id(tokenizer)), [2 * seq_length], [1])
+        for group in _packed(groups, seq_length) if is_packed else (group for group, _ in groups):
+            builder.add(document(group, seq_length, pad), [2 * seq_length], [1])
             counts["documents"] += 1
         if not counts["documents"]:
-            raise ValueError(nothing_left(path, counts["skipped"], seq_length))
+            why = f" ({counted(left_out.counts)} left out)" if left_out.counts else ""
+            raise ValueError(nothing_left(material.files, counts["skipped"], seq_length) + why)
         report = Report(prefix, *(counts[name] for name in Report._fields[1:]))
-        builder.finalize(_description(report, path, tokenizer, seq_length, is_packed))
+        builder.finalize(_description(report, material, seq_length, is_packed, left_out))
     return report
 
 
-def _usable(records: Iterable[Tokenised], seq_length: int, counts: Counter[str]) -> Iterator[Tokenised]:
-    for record in records:
-        if not record.learned[1 : seq_length + 1].any():
-            counts["skipped"] += 1
+def _usable(
+    items: Iterable[Item], seq_length: int, counts: Counter[str], left_out: LeftOut
+) -> Iterator[tuple[Group, bool]]:
+    """What goes into a sample together, and whether nothing else may be added."""
+    for item in items:
+        total = sum(len(record.ids) for record in item.records)
+        if item.is_pack and total > seq_length:
+            left_out.add(
+                "pack too long",
+                f"{item.place}: its {len(item.records)} records have {total} tokens together, but a sample has "
+                f"{seq_length}; take some of them out, or raise SEQ_LEN",
+            )
             continue
-        size = min(len(record.ids), seq_length)
-        counts.update(records=1, tokens=size, truncated=int(len(record.ids) > seq_length))
-        yield record
+        if not any(record.learned[1 : seq_length + 1].any() for record in item.records):
+            counts["skipped"] += len(item.records)
+            continue
+        size = min(total, seq_length)
+        counts.update(records=len(item.records), tokens=size, truncated=int(total > seq_length))
+        yield item.records, item.is_pack
 
 
-def _packed(records: Iterable[Tokenised], seq_length: int) -> Iterator[list[Tokenised]]:
+def _packed(groups: Iterable[tuple[Group, bool]], seq_length: int) -> Iterator[Group]:
     """Rows of records; what waits in memory is what the open rows hold."""
-    waiting: dict[int, Tokenised] = {}
+    waiting: dict[int, Group] = {}
 
     def sizes() -> Iterator[int]:
-        for place, record in enumerate(records):
-            waiting[place] = record
-            yield min(len(record.ids), seq_length)
+        for place, (records, is_complete) in enumerate(groups):
+            waiting[place] = records
+            yield seq_length if is_complete else min(len(records[0].ids), seq_length)
 
     for row in pack(sizes(), seq_length):
-        yield [waiting.pop(place) for place in row]
+        yield list(chain.from_iterable(waiting.pop(place) for place in row))
 
 
 def _description(
-    report: Report, path: str, tokenizer: PreTrainedTokenizerFast, seq_length: int, is_packed: bool
-) -> dict:
+    report: Report, material: Material, seq_length: int, is_packed: bool, left_out: LeftOut
+) -> dict[str, Any]:
     counts = {"documents": report.documents, "tokens": report.documents * 2 * seq_length}
     made = {"seq_length": seq_length, "pack": is_packed, "segment_marks": True, "records": report.records}
-    skipped = {"truncated": report.truncated, "skipped": report.skipped}
-    return describe(identity(tokenizer), DTYPE, counts, [describe_source(path)], kind="fine-tuning", **made, **skipped)
+    skipped = {
+        "truncated": report.truncated,
+        "skipped": report.skipped,
+        "left_out": dict(sorted(left_out.counts.items())),
+    }
+    sources = [describe_source(path) for path in material.files]
+    return describe(identity(material.tokenizer), DTYPE, counts, sources, kind="fine-tuning", **made, **skipped)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,22 +119,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
+    names = resolve_names(options.map_keys)
     tokenizer = load_tokenizer(options.tokenizer_model, options.trust_remote_code)
     renderer = resolve_renderer(options.prompt_type, tokenizer, options.family_prompt)
-    for record in islice(tokenised(options.input, tokenizer, renderer), options.show_samples):
+    material = material_of(options.input, tokenizer, renderer, names, is_recursive=options.recursive)
+    allowed = nothing_left_out(is_allowed=options.skip_bad_lines)
+    every = chain.from_iterable(item.records for item in tokenised(material, allowed, check_objects))
+    for record in islice(every, options.show_samples):
         print(shown(record, tokenizer, is_terminal=sys.stdout.isatty()), end="\n\n")
+    left_out = nothing_left_out(is_allowed=options.skip_bad_lines)
     report = preprocess(
-        options.input,
-        options.output_prefix,
-        tokenizer,
-        renderer,
-        seq_length=options.seq_length,
-        is_packed=options.pack,
+        material, options.output_prefix, seq_length=options.seq_length, is_packed=options.pack, left_out=left_out
     )
-    _tell(report, options.seq_length, time.perf_counter() - started)
+    _tell(report, left_out, options.seq_length, time.perf_counter() - started)
 
 
-def _tell(report: Report, seq_length: int, seconds: float) -> None:
+def _tell(report: Report, left_out: LeftOut, seq_length: int, seconds: float) -> None:
+    for sentence in left_out.shown:
+        print(f"skipped: {sentence}", file=sys.stderr)
     filled = report.tokens / (report.documents * seq_length)
     print(
         f"{report.prefix}: {report.records:,} records in {report.documents:,} samples of {seq_length:,} tokens, "
@@ -129,13 +147,15 @@ def _tell(report: Report, seq_length: int, seconds: float) -> None:
             f"{report.truncated:,} records truncated; {report.skipped:,} left out, their prompts alone are longer than "
             f"{seq_length:,} tokens"
         )
+    if left_out.counts:
+        print(f"left out: {counted(left_out.counts)}")
     print(f"{report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_patch.data.preprocess_sft", allow_abbrev=False)
     flag, switch = parser.add_argument, {"action": "store_true"}
-    flag("--input", required=True, help="JSON or JSON lines, one conversation per record")
+    flag("--input", required=True, nargs="+", help="files, directories or patterns; a conversation per record")
     flag("--output-prefix", required=True, help="<prefix>_text_document.bin, .idx and .json are written")
     flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory")
     flag("--seq-length", type=positive, required=True, help="tokens per sample, SEQ_LEN of the training")
@@ -143,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(PROMPTS)
     flag("--prompt-type", help=f"template: {names}; absent: the tokenizer's own, else --family-prompt's")
     flag("--family-prompt", default="alpaca", help="template where the tokenizer has none")
+    flag("--map-keys", metavar="JSON", help="keys of the records' prompt, query, response, system or messages")
+    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
+    flag("--recursive", **switch, help="of a directory, also what its directories hold")
     flag("--show-samples", type=count, default=0, metavar="N", help="print N records, what is learned highlighted")
     flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")

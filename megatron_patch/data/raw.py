@@ -1,7 +1,7 @@
 """Raw fine-tuning records as a run's settings describe them: template, split, order, packed or not."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.blend import SampleDataset
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.instructions import InstructionDataset, tokenised
+from megatron_patch.data.instructions import InstructionDataset, Material, material_of, tokenised
 from megatron_patch.data.order import Order, repeated, shuffled, usable
 from megatron_patch.data.packing import PackedDataset
+from megatron_patch.data.records import resolve_names
 from megatron_patch.data.show import shown
 
 
@@ -24,18 +25,19 @@ def open_records(
     `is_loud`: say how many records were left out. Raises ValueError or FileNotFoundError for data that cannot be used.
     """
     words = config.train_data_path if split == "train" else config.valid_data_path
-    if len(words) != 1:
-        raise ValueError(f"raw fine-tuning data is one JSON file, not {len(words)}: {' '.join(words)!r}")
-    renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
+    name = " ".join(words)
     dataset = InstructionDataset(
-        words[0], tokenizer, renderer, length=config.max_padding_length, cache_path=config.data_cache_path
+        _material(config, words, tokenizer, family_prompt),
+        length=config.max_padding_length,
+        cache_path=config.data_cache_path,
     )
-    if dataset.skipped and is_loud:
+    is_told = split == "valid" and words == config.train_data_path
+    if dataset.skipped and is_loud and not is_told:
         logging.getLogger(__name__).warning(
             "%s: %d of %d records left out, their prompts alone are longer than %d tokens",
-            words[0], dataset.skipped, dataset.skipped + len(dataset), config.max_padding_length,
+            name, dataset.skipped, dataset.skipped + len(dataset), config.max_padding_length,
         )  # fmt: skip
-    first, last = usable(config, words[0], split, len(dataset))
+    first, last = usable(config, name, split, len(dataset))
     if config.sft_packing:
         numbers = np.arange(first, last)
         if split == "train":  # neighbours in the file should not always meet
@@ -50,6 +52,13 @@ def record_texts(
 ) -> Iterator[str]:
     """The first `config.show_samples` training records as they are tokenised, what is learned highlighted."""
     if config.show_samples:
-        renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
-        for record in islice(tokenised(config.train_data_path[0], tokenizer, renderer), config.show_samples):
-            yield shown(record, tokenizer, is_terminal=is_terminal)
+        material = _material(config, config.train_data_path, tokenizer, family_prompt)
+        for item in islice(tokenised(material), config.show_samples):
+            yield shown(item.records[0], tokenizer, is_terminal=is_terminal)
+
+
+def _material(
+    config: DataConfig, words: Sequence[str], tokenizer: PreTrainedTokenizerFast, family_prompt: str
+) -> Material:
+    renderer = resolve_renderer(config.prompt_type, tokenizer, family_prompt)
+    return material_of(words, tokenizer, renderer, resolve_names(config.map_keys))

@@ -1,7 +1,8 @@
 """What a fine-tuning record says, in any of the spellings in use: Alpaca, ShareGPT, OpenAI messages. Stdlib only."""
 
+import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_patch.data.json_lines import Record, check_characters
 from megatron_patch.data.prompts import Conversation, Turn
@@ -10,6 +11,7 @@ QUESTION_KEYS = ("instruction", "query", "prompt", "question")
 ANSWER_KEYS = ("output", "content", "response", "answer", "completion")
 # list key → keys of a message's role and text
 MESSAGE_LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLE_AND_TEXT = MESSAGE_LISTS["messages"]
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -17,24 +19,61 @@ ROLES = {
 }
 
 
-def conversation(record: Record) -> Conversation:
+class Names(NamedTuple):
+    """Keys of a record's parts; of several, the first that is there counts."""
+
+    question: tuple[str, ...] = QUESTION_KEYS
+    input: tuple[str, ...] = ("input",)
+    answer: tuple[str, ...] = ANSWER_KEYS
+    system: tuple[str, ...] = ("system",)
+    lists: tuple[str, ...] = tuple(MESSAGE_LISTS)
+
+
+NAMES = Names()
+# How --map-keys calls the parts.
+PARTS = {"prompt": "question", "query": "input", "response": "answer", "system": "system", "messages": "lists"}
+
+
+def resolve_names(map_keys: str | None) -> Names:
+    """The keys that `--map-keys` gives to parts: `{"prompt": "instruction", "query": "input", "response": "output"}`.
+
+    Parts that it does not name keep their own; where it names one of a question's, no list of messages is looked for.
+    Raises ValueError for what is no JSON object of texts, for unknown parts, and for both kinds of record at once.
+    """
+    if map_keys is None:
+        return NAMES
+    try:
+        given = json.loads(map_keys)
+    except ValueError as error:
+        raise ValueError(f"--map-keys {map_keys!r} is not JSON: {error}") from None
+    if not isinstance(given, dict) or not given or not all(isinstance(key, str) and key for key in given.values()):
+        raise ValueError(f'--map-keys {map_keys!r} is no JSON object of names such as {{"prompt": "instruction"}}')
+    unknown = [part for part in given if part not in PARTS]
+    if unknown:
+        raise ValueError(f"--map-keys names {unknown[0]!r}, which is not one of {', '.join(PARTS)}")
+    of_questions = given.keys() & {"prompt", "query", "response"}
+    if of_questions and "messages" in given:
+        raise ValueError(f"--map-keys names messages and {min(of_questions)}; a record has one or the other")
+    names = NAMES._replace(**{PARTS[part]: (key,) for part, key in given.items()})
+    return names._replace(lists=()) if of_questions else names
+
+
+def conversation(record: Record, names: Names = NAMES) -> Conversation:
     """The turns of a record. Raises ValueError for one that asks or answers nothing, or whose turns do not alternate.
 
     A question at the end that nobody answers is left out: there is nothing in it to learn.
     """
-    for key in MESSAGE_LISTS:
+    for key in names.lists:
         if key in record:
-            return _alternating(record, key)
-    has_input = record.get("input") is not None
-    turn = Turn(
-        text_of(record, QUESTION_KEYS), text_of(record, ("input",)) if has_input else "", text_of(record, ANSWER_KEYS)
-    )
-    return Conversation(_system(record), (turn,))
+            return _alternating(record, key, names)
+    about = _optional(record, names.input)
+    turn = Turn(text_of(record, names.question), about or "", text_of(record, names.answer))
+    return Conversation(_optional(record, names.system), (turn,))
 
 
-def _alternating(record: Record, key: str) -> Conversation:
+def _alternating(record: Record, key: str, names: Names) -> Conversation:
     messages = list(_messages(record[key], key))
-    system = _system(record)
+    system = _optional(record, names.system)
     if messages and messages[0][0] == "system":
         system = messages.pop(0)[1]
     if messages and messages[-1][0] == "user":
@@ -60,7 +99,9 @@ def _messages(messages: Any, key: str) -> Iterator[tuple[str, str]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ValueError(f"{key}: message {number} is {type(message).__name__}, not an object")
-        names = next((names for names in MESSAGE_LISTS.values() if names[0] in message), MESSAGE_LISTS[key])
+        names = next(
+            (names for names in MESSAGE_LISTS.values() if names[0] in message), MESSAGE_LISTS.get(key, ROLE_AND_TEXT)
+        )
         try:
             yield _role(message, names[0]), text_of(message, names[1:])
         except ValueError as error:
@@ -74,8 +115,8 @@ def _role(message: Mapping[str, Any], key: str) -> str:
     return ROLES[role]
 
 
-def _system(record: Record) -> str | None:
-    return text_of(record, ("system",)) if record.get("system") is not None else None
+def _optional(record: Record, keys: tuple[str, ...]) -> str | None:
+    return text_of(record, keys) if any(record.get(key) is not None for key in keys) else None
 
 
 def text_of(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:

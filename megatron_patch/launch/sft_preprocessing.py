@@ -1,25 +1,30 @@
 """Fine-tuning preprocessing's arguments as one `megatron_patch.data.preprocess_sft` command."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.inputs import check_readable, resolve_inputs
+from megatron_patch.data.records import resolve_names
 from megatron_patch.launch.cluster import cores
-from megatron_patch.launch.options import check_options
+from megatron_patch.launch.options import check_options, option_value
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.preprocessing import MOST_WORKERS, check_tokenizer
 from megatron_patch.plan.disk import check_writable, present_obstacles
 
-OPTIONS = ("--prompt-type", "--show-samples", "--trust-remote-code", "--workers")
+OPTIONS = (
+    *("--map-keys", "--prompt-type", "--recursive", "--show-samples", "--skip-bad-lines", "--trust-remote-code"),
+    "--workers",
+)
 
 
 def plan(request: Request) -> dict[str, Any]:
     """What will be written, and by which command. Raises UsageError for what stands in its way."""
     check_options(request.options, OPTIONS)
     v = request.values
+    resolve_names(option_value(request.options, "--map-keys"))
     document = f"{v['OUTPUT_PREFIX']}_text_document"
     obstacles = present_obstacles(
-        lambda: _check_input(v["INPUT_DATA_PATH"]),
+        lambda: check_readable(resolve_inputs([v["INPUT_DATA_PATH"]], "--recursive" in request.options)),
         lambda: check_tokenizer(v["LOAD_DIR"]),
         lambda: check_writable(document),
     )
@@ -38,8 +43,3 @@ def plan(request: Request) -> dict[str, Any]:
         ],
         "warnings": obstacles,
     }
-
-
-def _check_input(path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"input {path!r} does not exist or is not a file")

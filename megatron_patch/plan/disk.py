@@ -6,7 +6,9 @@ from pathlib import Path
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import check_instruction_files, check_sample_documents, read_header
+from megatron_patch.data.inputs import check_readable, resolve_inputs
 from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.records import resolve_names
 from megatron_patch.data.splits import parse_split, shifted_split_range, split_range
 from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.weights import check_weights
@@ -44,6 +46,7 @@ def check_training_data(run: RunConfig) -> None:
 
     With no validation to do, it may leave that none.
     """
+    resolve_names(run.data.map_keys)
     is_divided = run.data.train_data_path == run.data.valid_data_path
     if is_divided:
         parse_split(run.data.split)
@@ -103,8 +106,7 @@ def check_writable(path: str | Path) -> None:
 
 def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
     if run.data.dataset == "JSON-SFT":
-        for path in paths:
-            _check_file(path)
+        check_readable(resolve_inputs(paths))
         return
     for source in parse_blend(paths):
         if run.data.is_instruction_dataset:
@@ -121,8 +123,3 @@ def _check_split(prefix: str, split: str, name: str, first: int, last: int, docu
             f"split {split!r} leaves nothing of dataset {prefix!r} ({documents} documents) for {name}; "
             "change --split, or name another validation dataset"
         )
-
-
-def _check_file(path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"JSON dataset {path!r} does not exist")

@@ -14,7 +14,9 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 # What makes a run another one, with the model's architecture: where its samples and its first weights come from.
 _COMPARED = ("family", "global_batch_size")
 _COMPARED_DATA = ("train_data_path", "dataset", "is_instruction_dataset", "seed")
-_COMPARED_RECORDS = ("max_padding_length", "tokenizer_model", "prompt_type", "split", "sft_packing")  # of raw data
+_COMPARED_RECORDS = (  # of raw data
+    *("max_padding_length", "tokenizer_model", "prompt_type", "map_keys", "split", "sft_packing"),
+)
 _COMPARED_SAMPLES = ("seq_length", "split", "sft_packing")  # of fine-tuning and instruction data in .bin/.idx
 _COMPARED_TOKENS = (
     "seq_length",
@@ -25,6 +27,7 @@ _COMPARED_TOKENS = (
     "eod_mask_loss",
 )
 _BEFORE = {  # what the records of earlier versions do not say
+    "map_keys": None,
     "is_instruction_dataset": False,
     "sft_packing": False,
     "dataloader_type": "single",

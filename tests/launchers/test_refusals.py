@@ -226,8 +226,12 @@ def test_a_python_without_torch_is_named(refused, monkeypatch, tmp_path):
 
 def test_preprocessing_of_records_refuses_what_is_not_there(refused):
     message = refused("sft-dataset", SFT_PREPROCESSING)
-    assert "input '/mnt/alpaca_zh.json' does not exist" in message and HF_CHECKPOINT in message
+    assert "input '/mnt/alpaca_zh.json' is no file" in message and HF_CHECKPOINT in message
     assert "argument 3 (SEQ_LEN)" in refused("sft-dataset", [*SFT_PREPROCESSING[:2], "0", *SFT_PREPROCESSING[3:]])
+    unknown = refused("sft-dataset", [*SFT_PREPROCESSING, "--map-keys", '{"question": "q"}'])
+    assert unknown.strip().endswith(
+        "--map-keys names 'question', which is not one of prompt, query, response, system, messages"
+    )
     assert "did you mean --prompt-type?" in refused("sft-dataset", [*SFT_PREPROCESSING, "--prompt-typ=alpaca"])
 
 

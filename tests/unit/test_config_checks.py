@@ -56,7 +56,7 @@ def test_a_run_that_fits_has_no_problem():
         ("--train-iters 0", 1, "train_iters 0 must be at least 1; one iteration takes global_batch_size 8 × 32 = 256"),
         ("--lr-warmup-iters 9", 1, "lr_warmup_iters 9 must be less than lr_decay_iters 9"),
         ("--lr 1e-5", 1, "lr 1e-05 must be at least min_lr 0.0001"),
-        ("--dataset JSON-SFT --train-data-path a b", 1, "one JSON file each"),
+        ('--map-keys {"prompt":"q"}', 1, "map_keys is of raw records"),
         ("--dataset JSON-SFT --is-instruction-dataset", 1, "is_instruction_dataset is of .bin/.idx files"),
         ("--is-instruction-dataset --reset-position-ids", 1, "reset_position_ids is of pre-training documents"),
         ("--dataset MMAP-SFT --eod-mask-loss", 1, "eod_mask_loss is of pre-training documents"),

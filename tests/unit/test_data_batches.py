@@ -196,7 +196,7 @@ def test_left_out_records_are_said_once(raw, tokenizer, tmp_path, caplog):
     [
         ({}, {"size": 3}, "global_batch_size 8 is not a multiple of micro_batch_size 2 × data-parallel size 3"),
         ({"train_data_path": ("absent",)}, {}, r"absent\.idx does not exist"),
-        ({"dataset": "JSON-SFT", "train_data_path": ("a", "b")}, {}, "is one JSON file, not 2"),
+        ({"dataset": "JSON-SFT", "train_data_path": ("a", "b")}, {}, "input 'a' is no file"),
         ({"dataset": "JSON-SFT", "prompt_type": "none"}, {}, "prompt type 'none' is not one of"),
     ],
 )

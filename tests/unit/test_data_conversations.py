@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.instructions import InstructionDataset
+from megatron_patch.data.instructions import InstructionDataset, material_of
 from megatron_patch.data.prompts import PROMPTS, Conversation, Turn, ask
-from megatron_patch.data.records import conversation
+from megatron_patch.data.records import conversation, resolve_names
 from megatron_patch.data.tokenizer import load_tokenizer
 
 MARKED = (
@@ -53,7 +53,9 @@ def sharegpt(talk, system=None):
 def sample_of(tmp_path, tokenizer, record, prompt_type=None, length=400):
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    return InstructionDataset(path, tokenizer, resolve_renderer(prompt_type, tokenizer, "mistral"), length=length)[0]
+    return InstructionDataset(
+        material_of([path], tokenizer, resolve_renderer(prompt_type, tokenizer, "mistral")), length=length
+    )[0]
 
 
 def learned_runs(sample):
@@ -209,3 +211,43 @@ def test_a_question_that_nobody_answers_is_left_out():
 def test_a_malformed_conversation_is_explained(record, message):
     with pytest.raises(ValueError, match=message):
         conversation(record)
+
+
+@pytest.mark.parametrize(
+    ("map_keys", "record", "expected"),
+    [
+        ({"prompt": "q"}, {"q": "a", "instruction": "x", "output": "b", "messages": []}, (None, "a", "", "b")),
+        ({"response": "r"}, {"query": "a", "input": "c", "output": "x", "r": "b"}, (None, "a", "c", "b")),
+        ({"query": "about"}, {"prompt": "a", "input": "x", "answer": "b"}, (None, "a", "", "b")),
+        ({"system": "s"}, {"s": "z", "system": "x", "prompt": "a", "answer": "b"}, ("z", "a", "", "b")),
+        (
+            {"messages": "chat"},
+            {"messages": [], "chat": [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}]},
+            (None, "a", "", "b"),
+        ),
+    ],
+)
+def test_parts_stand_under_the_keys_that_are_named(map_keys, record, expected):
+    found = conversation(record, resolve_names(json.dumps(map_keys)))
+    assert (found.system, *found.turns[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt=q", "is not JSON"),
+        ("[1]", "is no JSON object of names"),
+        ('{"prompt": 3}', "is no JSON object of names"),
+        ("{}", "is no JSON object of names"),
+        ('{"history": "h"}', "names 'history', which is not one of prompt, query, response, system, messages"),
+        ('{"messages": "m", "response": "r"}', "names messages and response"),
+    ],
+)
+def test_key_maps_that_say_something_else_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_names(text)
+
+
+def test_without_the_named_key_a_record_is_refused():
+    with pytest.raises(ValueError, match=r"no r among its keys \(instruction, output\)"):
+        conversation({"instruction": "a", "output": "b"}, resolve_names('{"response": "r"}'))

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 
 from megatron_patch.data import instructions
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.instructions import InstructionDataset
-from megatron_patch.data.json_lines import read_records
+from megatron_patch.data.inputs import read_rows
+from megatron_patch.data.instructions import InstructionDataset, material_of
 from megatron_patch.data.prompts import PROMPTS, Conversation, Rendered, Renderer, Turn, ask
 from megatron_patch.data.tokenizer import load_tokenizer
 
@@ -40,7 +40,9 @@ def dataset(tmp_path, tokenizer, records, *, prompt_type=None, length=256, lines
     path = tmp_path / "records.json"
     text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")
-    return InstructionDataset(path, tokenizer, resolve_renderer(prompt_type, tokenizer, "mistral"), length=length)
+    return InstructionDataset(
+        material_of([path], tokenizer, resolve_renderer(prompt_type, tokenizer, "mistral")), length=length
+    )
 
 
 def answer_of(record):
@@ -139,7 +141,7 @@ def test_a_token_across_the_boundary_is_learned_and_what_the_tokenizer_appends_i
     renderer = Renderer(
         lambda record: Rendered(text, ((text.index("return") + 3, len(text)),)), adds_special_tokens=True, template=""
     )
-    sample = InstructionDataset(path, tokenizer, renderer, length=16)[0]
+    sample = InstructionDataset(material_of([path], tokenizer, renderer), length=16)[0]
     assert tokenizer.convert_ids_to_tokens(sample.tokens[:4]) == ["<s>", "▁def", "▁return", "</s>"]
     assert np.flatnonzero(sample.loss_mask).tolist() == [1]
 
@@ -212,19 +214,21 @@ def test_a_malformed_record_is_named_by_file_and_place(text, message, tmp_path, 
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"bad\.json[,:]? {message}"):
-        InstructionDataset(path, tokenizer, resolve_renderer(None, tokenizer, "mistral"), length=64)
+        InstructionDataset(material_of([path], tokenizer, resolve_renderer(None, tokenizer, "mistral")), length=64)
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path, tokenizer):
     path = tmp_path / "bad.json"
     path.write_bytes(b'{"instruction": "caf\xe9", "output": "a"}')
     with pytest.raises(ValueError, match=r"bad\.json, line 1, column 21: the byte 0xe9 is not UTF-8"):
-        InstructionDataset(path, tokenizer, resolve_renderer(None, tokenizer, "mistral"), length=64)
+        InstructionDataset(material_of([path], tokenizer, resolve_renderer(None, tokenizer, "mistral")), length=64)
 
 
 def test_a_missing_file_is_named(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"absent\.json does not exist"):
-        InstructionDataset(tmp_path / "absent.json", tokenizer, resolve_renderer(None, tokenizer, "empty"), length=64)
+    with pytest.raises(FileNotFoundError, match=r"absent\.json' is no file"):
+        InstructionDataset(
+            material_of([tmp_path / "absent.json"], tokenizer, resolve_renderer(None, tokenizer, "empty")), length=64
+        )
 
 
 def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_path, tokenizer, monkeypatch):
@@ -232,21 +236,23 @@ def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_p
     path.write_text(json.dumps(RECORDS))
     read = []
 
-    def noted(path):
+    def noted(path, *arguments):
         read.append(path)
-        return read_records(path)
+        return read_rows(path, *arguments)
 
-    monkeypatch.setattr(instructions, "read_records", noted)
+    monkeypatch.setattr(instructions, "read_rows", noted)
 
     def opened(prompt_type="mistral", length=256):
         renderer = resolve_renderer(prompt_type, tokenizer, "mistral")
-        return InstructionDataset(path, tokenizer, renderer, length=length, cache_path=cache)
+        return InstructionDataset(material_of([path], tokenizer, renderer), length=length, cache_path=cache)
 
     first, again = opened(), opened()
     assert len(read) == 1
     for number in range(len(first)):
         assert all((one == other).all() for one, other in zip(first[number][:3], again[number][:3], strict=True))
-    plain = InstructionDataset(path, tokenizer, resolve_renderer("mistral", tokenizer, "mistral"), length=256)
+    plain = InstructionDataset(
+        material_of([path], tokenizer, resolve_renderer("mistral", tokenizer, "mistral")), length=256
+    )
     assert [plain.tokens(number) for number in range(5)] == [again.tokens(number) for number in range(5)]
     read.clear()
     short = opened(length=22)

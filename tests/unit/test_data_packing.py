@@ -13,7 +13,7 @@ from megatron_patch.config.data import DataConfig
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.data.batches import training_batches, validation_batches
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.instructions import InstructionDataset
+from megatron_patch.data.instructions import InstructionDataset, material_of
 from megatron_patch.data.packing import PackedDataset, pack
 from megatron_patch.data.tokenizer import load_tokenizer
 from megatron_patch.model.decoder import GPTModel
@@ -65,7 +65,7 @@ def message(text, role="user"):
 
 def records_of(config, tokenizer):
     renderer = resolve_renderer(None, tokenizer, "mistral")
-    return InstructionDataset(config.train_data_path[0], tokenizer, renderer, length=LENGTH)
+    return InstructionDataset(material_of([config.train_data_path[0]], tokenizer, renderer), length=LENGTH)
 
 
 def segments(row):

@@ -1,6 +1,8 @@
 """Fine-tuning samples in `.bin/.idx`: Pai-Megatron-Patch's documents, and what training makes of them."""
 
+import gzip
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,6 +255,113 @@ def test_shown_samples_highlight_what_is_learned(build):
     _, out = build(records_of(), "--show-samples", "2")
     assert out.startswith("<s> [INST] n0 [/INST]⟦ n0</s>⟧\n\n<s> [INST] n1 [/INST]⟦ yes n1</s>⟧\n\n")
     assert "n2" not in out
+
+
+def command(tmp_path, tokenizer_directory, source, *options):
+    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "data"), "--workers", "1"]
+    arguments += ["--tokenizer-model", str(tokenizer_directory), "--seq-length", str(LENGTH)]
+    return [*arguments, "--family-prompt", "mistral", *options]
+
+
+def whole_of(pair, tokenizer):
+    prompt, answer = ids_of(*pair, tokenizer)
+    return prompt + answer
+
+
+def segments_of(prefix):
+    """The tokens of every segment of every sample, marks taken away."""
+    samples = []
+    for stored in (numbers[:LENGTH].tolist() for numbers in IndexedDataset(prefix)):
+        ends = [place for place, token in enumerate(stored) if token < 0]
+        begins = [0, *(end + 1 for end in ends)]
+        samples.append([[*stored[a:b], -1 - stored[b]] for a, b in zip(begins, ends, strict=False)])
+    return samples
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", ["records.jsonl", "records.json"])
+def test_records_in_a_list_share_a_sample_of_their_own(name, is_packed, tmp_path, tokenizer_directory, tokenizer):
+    one, two, three, four, five, six = records_of(QUESTIONS[:6])
+    items = [one, [two, three], four, [five], six]
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    (tmp_path / name).write_text(lines if name == "records.jsonl" else json.dumps(items))
+    assert main(command(tmp_path, tokenizer_directory, tmp_path / name, *["--pack"] * is_packed)) == 0
+    whole = [whole_of(pair, tokenizer) for pair in QUESTIONS[:6]]
+    alone = [[whole[1], whole[2]], [whole[4]]]
+    others = [[whole[0], whole[3], whole[5]]] if is_packed else [[whole[0]], [whole[3]], [whole[5]]]
+    assert sorted(segments_of(tmp_path / "data_text_document")) == sorted([*alone, *others])
+
+
+def test_a_pack_that_does_not_fit_is_refused_or_left_out_when_that_is_asked_for(tmp_path, tokenizer_directory, capsys):
+    pack = records_of([("n1", "yes " * 30), ("n2", "yes " * 30)])
+    (tmp_path / "in.jsonl").write_text(json.dumps(records_of()[0]) + "\n" + json.dumps(pack) + "\n")
+    arguments = command(tmp_path, tokenizer_directory, tmp_path / "in.jsonl")
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "in.jsonl, line 2: its 2 records have " in message and "but a sample has 80" in message
+    assert main([*arguments, "--skip-bad-lines"]) == 0
+    assert "left out: 1 pack too long" in capsys.readouterr().out
+
+
+def test_bad_records_are_left_out_counted_and_listed_on_request(tmp_path, tokenizer_directory, capsys):
+    good = json.dumps(records_of()[0])
+    bad = ["", "{", '{"instruction": "q"}', "[]", '[{"instruction": "q", "output": "a"}, 3]']
+    (tmp_path / "in.jsonl").write_text("\n".join([good, *bad, good]) + "\n")
+    arguments = command(tmp_path, tokenizer_directory, tmp_path / "in.jsonl", "--show-samples", "9")
+    assert main(arguments) == 1
+    assert "in.jsonl, line 3, column 2" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad-lines"]) == 0
+    output = capsys.readouterr()
+    assert "left out: 1 blank, 3 malformed, 1 unusable" in output.out
+    assert [line.split(", line ")[1][0] for line in output.err.splitlines()] == ["3", "4", "5", "6"]
+    assert "line 4: no output or content" in output.err and "line 6, its record 2: int instead of" in output.err
+    told = json.loads((tmp_path / "data_text_document.json").read_text())
+    assert (told["records"], told["left_out"]) == (2, {"blank": 1, "malformed": 3, "unusable": 1})
+
+
+def test_directories_and_every_format_are_read_in_natural_order(tmp_path, tokenizer_directory, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names = ["in/d/1.jsonl", "in/d/2.jsonl.gz", "in/d/10.json", "in/a.csv", "in/b.parquet"]
+    (tmp_path / "in/d").mkdir(parents=True)
+    lines = [json.dumps(record) + "\n" for record in records_of()]
+    (tmp_path / names[0]).write_text(lines[0])
+    (tmp_path / names[1]).write_bytes(gzip.compress(lines[1].encode()))
+    (tmp_path / names[2]).write_text(f"[{lines[2]}]")
+    question, answer = QUESTIONS[3]
+    (tmp_path / names[3]).write_text(f"instruction,input,output\n{question},,{answer}\n")
+    table = pyarrow.table({"messages": [None], "instruction": ["n4"], "input": [None], "output": [QUESTIONS[4][1]]})
+    parquet.write_table(table, tmp_path / names[4])
+    arguments = command(tmp_path, tokenizer_directory, tmp_path / "in/d")
+    assert main([*arguments[:2], f"{tmp_path}/in/*.*", *arguments[2:]]) == 0
+    expected = [[whole_of(pair, tokenizer)] for pair in QUESTIONS[:5]]
+    assert segments_of(tmp_path / "data_text_document") == expected
+    told = json.loads((tmp_path / "data_text_document.json").read_text())
+    assert [source["path"] for source in told["sources"]] == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_keys_are_what_map_keys_says(tmp_path, tokenizer_directory, tokenizer):
+    record = {"instruction": "not this", "q": "n1", "about": "n2", "output": "nor this", "a": "yes", "s": "n3"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+    mapped = json.dumps({"prompt": "q", "query": "about", "response": "a", "system": "s"})
+    assert main(command(tmp_path, tokenizer_directory, tmp_path / "in.jsonl", "--map-keys", mapped)) == 0
+    ((tokens,),) = segments_of(tmp_path / "data_text_document")
+    assert tokens == tokenizer("[INST] n3\n\nn1\nn2 [/INST] yes</s>").input_ids
+
+
+def test_a_full_disk_ends_the_command_and_leaves_nothing(tmp_path, tokenizer_directory, capsys):
+    """A limit on file sizes stands for it."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records_of() * 3))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9999, before[1]))
+    try:
+        status = main(command(tmp_path, tokenizer_directory, tmp_path / "in"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, "File too large" in capsys.readouterr().err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize(
