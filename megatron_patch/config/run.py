@@ -38,6 +38,6 @@ class RunConfig:
     max_nonfinite_steps: int = setting("steps in a row with NaN or infinity, each skipped, that end the run", 10)
     log_interval: int = setting("iterations between console lines", 1)
     eval_interval: int = setting("iterations between validations", 10000)
-    eval_iters: int = setting("global batches per validation", 10)
+    eval_iters: int = setting("global batches per validation; 0: no validation", 10)
     tensorboard_dir: str | None = setting("directory of TensorBoard events; absent: none", None)
     log_file: str | None = setting("JSON lines, one per iteration; absent: none", None)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.launch.positional import UsageError
 from megatron_patch.launch.values import count, whole
@@ -14,6 +15,7 @@ VISIBLE = {
     "kfd": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
 }
 LARGEST_PORT = 2**16 - 1
+ALONE = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
 KFD_NODES = "sys/class/kfd/kfd/topology/nodes"
 
 
@@ -32,13 +34,13 @@ def one_node(environ: Mapping[str, str], smallest: int, root: Path = Path("/")) 
 
     The rendezvous address is a number: a machine that cannot resolve its own name starts too.
     """
-    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    options = [*ALONE, "--nnodes", "1"]
     if environ.get("NPROC_PER_NODE"):
-        return Cluster(1, _read(environ, "NPROC_PER_NODE", count), "NPROC_PER_NODE", [*options, "--nnodes", "1"])
+        return Cluster(1, _read(environ, "NPROC_PER_NODE", count), "NPROC_PER_NODE", options)
     visible, counted = accelerators(environ, root)
     if not visible:
         visible, counted = smallest, "no accelerator: the smallest world that the parallel sizes need"
-    return Cluster(1, visible, counted, [*options, "--nnodes", "1"])
+    return Cluster(1, visible, counted, options)
 
 
 def many_nodes(environ: Mapping[str, str]) -> Cluster:
@@ -58,6 +60,19 @@ def many_nodes(environ: Mapping[str, str]) -> Cluster:
     options = ["--nnodes", str(nodes), "--node-rank", str(rank)]
     options += ["--master-addr", environ["MASTER_ADDR"], "--master-port", str(port)]
     return Cluster(nodes, _read(environ, ranks, count), f"WORLD_SIZE × {ranks}", options)
+
+
+def said(v: Mapping[str, Any]) -> Cluster:
+    """What a script's variables say; the number of all ranks is computed from them."""
+    nodes, rank, port, ranks = v["NNODES"], v["NODE_RANK"], v["MASTER_PORT"], v["GPUS_PER_NODE"]
+    if nodes == 1:
+        return Cluster(1, ranks, "GPUS_PER_NODE", [*ALONE, "--nnodes", "1"])
+    if rank >= nodes:
+        raise UsageError(f"--node-rank is {rank}; allowed: 0 to {nodes - 1} (--nnodes counts nodes)")
+    if port > LARGEST_PORT:
+        raise UsageError(f"--master-port is {port}; allowed: 1 to {LARGEST_PORT}")
+    options = ["--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", v["MASTER_ADDR"]]
+    return Cluster(nodes, ranks, "NNODES × GPUS_PER_NODE", [*options, "--master-port", str(port)])
 
 
 def accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """The architecture that a training launcher names: the checkpoint's own, or with MOE the mixture made of it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_patch.config.model import ModelConfig
@@ -35,7 +36,8 @@ def resolve_architecture(request: Request) -> Architecture:
     mixture = _mixture_in(request.families, size, load) if v.get("MOE") and load is not None else None
     if mixture is not None:
         return Architecture(mixture, [])
-    resolved, absent = resolve_size(request.families, size, load, where)
+    described = load if load is not None else _described(v.get("TOKENIZER"))
+    resolved, absent = resolve_size(request.families, size, described, where)
     has_experts = resolved.config.num_moe_experts > 0
     if "MOE" in v and has_experts and not v["MOE"]:
         raise UsageError(f"{request.where('MOE')} is false, and {load or size} has experts; use true")
@@ -45,6 +47,11 @@ def resolve_architecture(request: Request) -> Architecture:
     return Architecture(
         Resolved(*resolve_upcycled(resolved.config, how), resolved.warnings), absent, is_upcycled=load is not None
     )
+
+
+def _described(tokenizer: str | None) -> str | None:
+    """A tokenizer's directory that describes a model too."""
+    return tokenizer if tokenizer and (Path(tokenizer) / "config.json").is_file() else None
 
 
 def _mixture_in(families: tuple[str, ...], size: str, directory: str) -> Resolved | None:

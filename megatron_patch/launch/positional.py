@@ -5,6 +5,7 @@ A refused command ends here, so nothing is imported that Python's own start-up h
 
 from collections.abc import Callable, Mapping, Sequence
 
+IGNORED = "ignored"  # what a flag means that changes nothing
 SLIPPED = 3  # wrong values in one command line that are no coincidence
 
 
@@ -16,13 +17,16 @@ class Arg:
     """One argument: its name, how its text becomes a value, and in words what is allowed.
 
     `parse` raises ValueError for text that is not allowed. A `default` makes a trailing positional optional, and is
-    the value of an environment variable that is not set.
+    the value of an environment variable that is not set. A flag of a script that people edit `means` the argument that
+    other launchers have in a place of its own; it may be said again, and the last time counts.
     """
 
-    __slots__ = ("allowed", "default", "name", "parse")
+    __slots__ = ("allowed", "default", "means", "name", "parse")
 
-    def __init__(self, name: str, parse: Callable[[str], object], allowed: str, default: str | None = None) -> None:
-        self.name, self.parse, self.allowed, self.default = name, parse, allowed, default
+    def __init__(
+        self, name: str, parse: Callable[[str], object], allowed: str, default: str | None = None, means: str = ""
+    ) -> None:
+        self.name, self.parse, self.allowed, self.default, self.means = name, parse, allowed, default, means or name
 
 
 class Switch(Arg):
@@ -99,7 +103,7 @@ def read_flags(table: Table, argv: Sequence[str]) -> tuple[dict[str, object], li
             if text is None:
                 wrong.append(f"{arg.name} is missing; allowed: {arg.allowed}")
             else:
-                values[arg.name] = arg.parse(text)
+                values[arg.means] = arg.parse(text)
         except ValueError:
             wrong.append(f"{arg.name} is {text!r}; allowed: {arg.allowed}")
     if wrong:
@@ -124,8 +128,9 @@ def _flag_texts(table: Table, argv: Sequence[str]) -> tuple[dict[str, str], list
             values = ["true"]
         if isinstance(flags[name], Several) and values:
             values = ["\n".join(values)]
-        if len(values) != 1 or name in texts:
-            told = "given twice" if name in texts else f"followed by {len(values)} values, not one"
+        is_again = name in texts and flags[name].means == name
+        if len(values) != 1 or is_again:
+            told = "given twice" if is_again else f"followed by {len(values)} values, not one"
             raise UsageError(f"{name} is {told}; allowed: {flags[name].allowed}")
         texts[name] = values[0]
     return texts, others
@@ -170,8 +175,9 @@ def numbered(table: Table, given: Sequence[str]) -> str:
 def place(table: Table, name: str) -> str:
     """How a message names an argument: `argument 10 (TP)`, `--load-dir`, or the environment variable."""
     names = [arg.name for arg in table]
-    if name.startswith("--"):
-        return name
+    flag = next((arg.name for arg in table if name in (arg.name, arg.means) and arg.name.startswith("--")), None)
+    if flag is not None or name.startswith("--"):
+        return flag or name
     return f"argument {names.index(name) + 1} ({name})" if name in names else f"environment variable {name}"
 
 
@@ -200,10 +206,17 @@ class Request:
         self.environ, self.families, self.is_dry, self.format = environ, families, is_dry, format
         self.flags, self.title = flags, title
 
+    def changed(self, values: Mapping[str, object], options: list[str]) -> "Request":
+        """The same command line with other values, and other options behind it."""
+        return Request(
+            *(self.table, values, self.texts, options, self.environ, self.families, self.is_dry),
+            *(self.format, self.flags, self.title),
+        )
+
     def where(self, name: str) -> str:
         """How a message names the argument or variable `name`."""
         return place(self.table, name)
 
     def arguments(self) -> dict[str, object]:
         """Name → value of the arguments alone, without variables."""
-        return {arg.name: self.values[arg.name] for arg in self.table}
+        return {arg.name: self.values[arg.means] for arg in self.table if arg.means != IGNORED}

@@ -4,6 +4,7 @@ from megatron_patch.launch.conversion_tables import CONVERTERS
 from megatron_patch.launch.dataset_tables import DATASET_TOOLS
 from megatron_patch.launch.launcher import Launcher
 from megatron_patch.launch.positional import Arg, Table
+from megatron_patch.launch.script_tables import SCRIPTS
 from megatron_patch.launch.training_tables import TRAINERS
 from megatron_patch.launch.values import COUNT, SWITCH, count, keys, on_or_off, one_of, switch, words
 
@@ -43,6 +44,7 @@ DRY_RUN = Arg("MP_DRY_RUN", on_or_off, "1 (print the plan, start nothing) or 0",
 
 LAUNCHERS = {
     **TRAINERS,
+    **SCRIPTS,
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
     **CONVERTERS,

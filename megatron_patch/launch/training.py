@@ -108,6 +108,8 @@ def _settled(request: Request, run: RunConfig, world: int) -> tuple[RunConfig, l
 
 
 def _ranks(request: Request, run: RunConfig) -> cluster.Cluster:
+    if "NNODES" in request.values:
+        return cluster.said(request.values)
     if request.values["ENV"] == "dlc":
         return cluster.many_nodes(request.environ)
     return cluster.one_node(request.environ, smallest_world(**_axes(run)))
@@ -158,6 +160,7 @@ def _lacking_for_float8(request: Request, run: RunConfig) -> list[str]:
 def in_capitals(sentence: str, request: Request) -> str:
     """Field names replaced by the arguments they came from: `TP (argument 10)`; environment variables by theirs."""
     places = {arg.name: f"{arg.name} (argument {number})" for number, arg in enumerate(request.table, 1)}
+    places |= {arg.means: arg.name for arg in request.table if arg.means != arg.name}
     places |= {name: f"{name} (environment)" for name in CAPITALS.values() if name.startswith("MP_")}
     return re.sub(rf"\b({'|'.join(CAPITALS)})\b", lambda match: places.get(CAPITALS[match[0]], match[0]), sentence)
 
@@ -192,7 +195,7 @@ def _notes(request: Request, run: RunConfig, architecture: Architecture) -> list
         notes.append(
             f"an epoch is {each} (BATCH_SIZE × data-parallel ranks, or --global-batch-size), then a checkpoint"
         )
-    if "DATASET_PATH" in v and "VALID_DATASET_PATH" not in v:
+    if "DATASET_PATH" in v and "VALID_DATASET_PATH" not in v and run.eval_iters:
         notes.append(f"validation takes its share of DATASET_PATH: --split {run.data.split}")
     return notes
 

@@ -28,7 +28,7 @@ def run_config(request: Request, architecture: Architecture) -> RunConfig:
     v, resolved = request.values, architecture.resolved
     batch = v.get("GLOBAL_BATCH_SIZE", v["BATCH_SIZE"])
     train, warmup, decay = _iterations(v, batch * v["SEQ_LEN"])
-    base, name = Path(v["OUTPUT_BASEPATH"]), run_name(request, resolved.family.name, train, warmup)
+    output = _output(request, resolved.family.name, train, warmup)
     return RunConfig(
         model=resolved.config,
         parallel=_parallel(v),
@@ -38,7 +38,7 @@ def run_config(request: Request, architecture: Architecture) -> RunConfig:
         checkpoint=CheckpointConfig(
             load=start_weights(v),
             upcycle=architecture.is_upcycled,
-            save=str(base / "checkpoint" / name),
+            save=output["save"],
             save_interval=v.get("SAVE_INTERVAL", 1),
         ),
         family=resolved.family.name,
@@ -47,9 +47,22 @@ def run_config(request: Request, architecture: Architecture) -> RunConfig:
         global_batch_size=batch,
         precision=v["PR"],
         use_flash_attn=v["FL"],
-        tensorboard_dir=str(base / "tensorboard" / f"{name}_{time.strftime('%Y.%m.%d-%H.%M.%S')}"),
-        log_file=str(base / "log" / f"{name}.jsonl"),
+        tensorboard_dir=output.get("tensorboard"),
+        log_file=output.get("log"),
     )
+
+
+def _output(request: Request, family: str, train_iters: int, warmup_iters: int) -> dict[str, str]:
+    """Where the run writes: a script says where its checkpoints go, and only that."""
+    v = request.values
+    if "CKPT_SAVE_DIR" in v:
+        return {"save": v["CKPT_SAVE_DIR"]}
+    base, name = Path(v["OUTPUT_BASEPATH"]), run_name(request, family, train_iters, warmup_iters)
+    return {
+        "save": str(base / "checkpoint" / name),
+        "tensorboard": str(base / "tensorboard" / f"{name}_{time.strftime('%Y.%m.%d-%H.%M.%S')}"),
+        "log": str(base / "log" / f"{name}.jsonl"),
+    }
 
 
 def run_name(request: Request, family: str, train_iters: int, warmup_iters: int) -> str:
@@ -71,6 +84,8 @@ def _iterations(v: Mapping[str, Any], tokens_per_iteration: int) -> tuple[int, i
     """(train, warm-up, decay) iterations of whatever the table counts in."""
     if "EPOCH" in v:
         return v["EPOCH"], 0, v["EPOCH"]
+    if "WARMUP_SHARE" in v:
+        return v["TRAIN_ITERS"], v["WARMUP_ITERS"], v["TRAIN_ITERS"]
     for unit in ("TOKENS", "ITERS"):
         if f"TRAIN_{unit}" in v:
             amounts = v[f"TRAIN_{unit}"], v[f"WARMUP_{unit}"]
@@ -104,6 +119,7 @@ def _data(v: Mapping[str, Any]) -> DataConfig:
         seq_length=v["SEQ_LEN"],
         max_padding_length=v["PAD_LEN"],
         sft_packing=v["MP_SFT_PACKING"] and v["SFT"],
+        tokenizer_model=v.get("TOKENIZER"),
     )
 
 

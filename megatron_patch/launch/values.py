@@ -40,6 +40,13 @@ def rate(text: str) -> float:
     return value
 
 
+def nothing(text: str) -> float:
+    """Zero, however it is written."""
+    if float(text) != 0:
+        raise ValueError(f"{text} is not 0")
+    return 0.0
+
+
 def switch(text: str) -> bool:
     """`true` or `false`, in any case."""
     lowered = text.lower()
