@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_patch.model.mlp import swiglu_gradient
-
 GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_MM_BYTES = 16  # torch.nn.functional.grouped_mm wants its strides to be multiples of it
 
@@ -99,7 +97,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """Keeps only its inputs."""
+    """Keeps only its inputs. The gradient of x takes the place of x, the largest tensor of a layer."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -111,5 +109,9 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
-        grad_weight = torch.linalg.vecdot((F.silu(gate) * up).to(weight.dtype), grad.to(weight.dtype))
-        return swiglu_gradient(x, (grad * weight.unsqueeze(-1)).to(grad.dtype)), grad_weight
+        active, grad_active = F.silu(gate), grad * up
+        grad_weight = torch.linalg.vecdot(active.to(weight.dtype), grad_active.to(weight.dtype))
+        scale = weight.unsqueeze(-1)
+        torch.mul(active, grad, out=up).mul_(scale)
+        torch.ops.aten.silu_backward.grad_input(grad_active.mul_(scale), gate, grad_input=gate)
+        return x, grad_weight
