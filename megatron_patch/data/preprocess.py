@@ -1,14 +1,14 @@
 """Text to `.bin/.idx` pairs: `python3 -m megatron_patch.data.preprocess --input FILE --output-prefix P …`.
 
-Reading, tokenising and writing each work on a batch of their own, in threads; the tokenizer's batches use all cores.
+Reading, tokenising and writing work on batches of their own, in threads; the tokenizer's batches use all cores.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain, compress, islice
@@ -20,20 +20,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_patch.data.command_line import limit_threads, positive, status_of
+from megatron_patch.data.encoding import Encode, batch_encoder
 from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, Rows, check_readable, read_rows, resolve_inputs
 from megatron_patch.data.json_lines import check_characters
+from megatron_patch.data.left_out import SHOWN, counted
 from megatron_patch.data.sentences import split_sentences
 from megatron_patch.data.sidecar import describe, describe_source
 from megatron_patch.data.tokenizer import begins_with_bos, identity, load_tokenizer, vocabulary_size
 
 # Input bytes tokenised at once: enough to keep every worker busy, and what bounds memory.
 BYTES_PER_BATCH = 1 << 20
-# Sentences about skipped rows that are printed; all are counted.
-SKIPPED_SHOWN = 100
 
-Item = TypeVar("Item")
+Item, Made = TypeVar("Item"), TypeVar("Made")
 Document = list[list[int]]  # its sequences
 
 
@@ -108,10 +108,14 @@ def preprocess(
         prefixes = [f"{output_prefix}_{key}_{recipe.level}" for key in recipe.json_keys]
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
         tallies = [Counter() for _ in builders]
-        encoded = ((texts, _encoded(texts, tokenizer, recipe, begin, end)) for texts in _ahead(_texts(files, recipe)))
-        for texts, documents in _progress(_ahead(encoded), files):
+        encode = batch_encoder(tokenizer)
+        # The threads of one batch are busy with the next while its longest text is still being encoded.
+        together = 2 if tokenizer.is_fast else 1
+        encoded = _in_turn(lambda texts: (texts, _encoded(texts, encode)), _ahead(_texts(files, recipe)), together)
+        made = ((texts, _documents(texts, ids, recipe, begin, end)) for texts, ids in encoded)
+        for texts, documents in _progress(made, files):
             skipped.update(texts.skipped)
-            shown += texts.problems[: SKIPPED_SHOWN - len(shown)]
+            shown += texts.problems[: SHOWN - len(shown)]
             for builder, tally, ids in zip(builders, tallies, documents, strict=True):
                 _append(builder, tally, ids)
         reports = [_report(prefix, dtype, tally) for prefix, tally in zip(prefixes, tallies, strict=True)]
@@ -179,6 +183,18 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
+def _in_turn(make: Callable[[Item], Made], items: Iterable[Item], together: int) -> Iterator[Made]:
+    """What `make` returns for each item, `together` of which are made in threads while one is used."""
+    with ThreadPoolExecutor(together) as threads:
+        coming = deque()
+        for item in items:
+            coming.append(threads.submit(make, item))
+            if len(coming) > together:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
 def _texts(files: Iterable[Path], recipe: Recipe) -> Iterator[Texts]:
     done = 0
     for path in files:
@@ -230,13 +246,18 @@ def _problem(row: Row, keys: Iterable[str]) -> tuple[str, str]:
     return "", ""
 
 
-def _encoded(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, begin: list[int], end: list[int]
+def _encoded(texts: Texts, encode: Encode) -> list[Iterable[list[int]]]:
+    """For each key the ids of every text, to be read once."""
+    return [encode(list(chain.from_iterable(documents))) for documents in texts.by_key.values()]
+
+
+def _documents(
+    texts: Texts, ids: list[Iterable[list[int]]], recipe: Recipe, begin: list[int], end: list[int]
 ) -> list[list[Document]]:
     """For each key a document per record; records with one that is too long are gone from all, and counted."""
     documents = [
-        [_ended(document, begin, end) for document in _tokenise(values, tokenizer, recipe)]
-        for values in texts.by_key.values()
+        [_ended(document, begin, end) for document in _sequences(values, iter(every), recipe)]
+        for values, every in zip(texts.by_key.values(), ids, strict=True)
     ]
     if recipe.seq_length is None:
         return documents
@@ -249,18 +270,12 @@ def _encoded(
     return [list(compress(column, is_short)) for column in documents]
 
 
-def _tokenise(documents: list[list[str]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[Document]:
+def _sequences(documents: list[list[str]], ids: Iterator[list[int]], recipe: Recipe) -> Iterator[Document]:
     """The sequences of each document: one of all its texts, or one for each; none of them empty."""
-    flat = [text for texts in documents for text in texts]
-    if tokenizer.is_fast:
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False)
-        every = (encoding.ids for encoding in batch)
-    else:
-        every = (tokenizer.encode(text, add_special_tokens=False) for text in flat)
     for texts in documents:
-        own = islice(every, len(texts))
+        own = islice(ids, len(texts))
         sequences = own if recipe.split_sentences else [list(chain.from_iterable(own))]
-        yield [ids for ids in sequences if ids]
+        yield [sequence for sequence in sequences if sequence]
 
 
 def _ended(document: Document, begin: list[int], end: list[int]) -> Document:
@@ -289,7 +304,7 @@ def _check_any(reports: list[Report], files: list[Path], skipped: Counter[str]) 
     for report in reports:
         if not report.tokens:
             what = "token" if report.documents else "document"
-            why = f" ({_counted(skipped)} left out)" if skipped else ""
+            why = f" ({counted(skipped)} left out)" if skipped else ""
             raise ValueError(f"{report.prefix}: the input, {_named(files)}, holds no {what}{why}; nothing was written")
 
 
@@ -329,10 +344,6 @@ def _progress(
             yield texts, columns
 
 
-def _counted(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-
-
 def _tell(summary: Summary, seconds: float) -> None:
     for sentence in summary.shown:
         print(f"skipped: {sentence}", file=sys.stderr)
@@ -343,7 +354,7 @@ def _tell(summary: Summary, seconds: float) -> None:
             f"longest {report.longest:,}, {report.empty:,} empty"
         )
     if summary.skipped:
-        print(f"left out: {_counted(summary.skipped)}")
+        print(f"left out: {counted(summary.skipped)}")
     tokens = sum(report.tokens for report in summary.reports)
     rates = f"{tokens / seconds:,.0f} tokens/s, {summary.bytes / seconds / 1e6:.1f} MB/s"
     print(f"{summary.reports[0].documents:,} records, {tokens:,} tokens in {seconds:.1f} s ({rates})")

@@ -111,7 +111,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(tmp_path, tokenizer_d
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_tokenise", interrupted)
+    monkeypatch.setattr(module, "_encoded", interrupted)
     source = write_lines(tmp_path / "in.jsonl", [{"text": "a"}])
     options = ["--output-prefix", f"{tmp_path}/out", "--tokenizer-model", str(tokenizer_directory)]
     assert main(["--input", source, *options]) == 130
