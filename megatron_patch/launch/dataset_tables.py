@@ -2,7 +2,6 @@
 
 from megatron_patch.launch.launcher import Launcher
 from megatron_patch.launch.positional import Arg, Several, Switch, Table
-from megatron_patch.launch.unbuilt import Line
 from megatron_patch.launch.values import (
     COUNT,
     SWITCH,
@@ -37,8 +36,17 @@ def switches(*names: str) -> Table:
 
 
 PREPROCESS_DATA: Table = (
-    Several("--input", lines, "files, directories or patterns of .jsonl, .json, .txt, .csv, .parquet, .arrow"),
-    Arg("--output-prefix", words, "what the datasets' names begin with; _<key>_document follows"),
+    Several(
+        "--input",
+        optional(lines),
+        "files, directories or patterns of .jsonl, .json, .txt, .csv, .parquet, .arrow",
+        default="",
+    ),
+    Arg(
+        "--output-prefix",
+        words,
+        "what the datasets' names begin with; _<key>_document or _packed_<field>_document follows",
+    ),
     Several("--json-keys", keys, "the keys to tokenize", default="text"),
     Several("--json_keys", optional(keys), "the same, as Mixtral-Train spells it", default=""),
     Arg(
@@ -54,16 +62,14 @@ PREPROCESS_DATA: Table = (
     Arg("--workers", count, f"{COUNT}: tokenising threads", default="1"),
     Arg("--handler-name", one_of(*HANDLERS), ", ".join(HANDLERS), default=PRETRAIN_HANDLER),
     *switches("--pack", "--split-sentences", "--keep-newlines"),
-    Arg("--hf-datasets-params", optional(words), "a JSON file", default=""),
+    Arg("--prompt-type", optional(words), "the template of instructions", default=""),
+    Arg("--map-keys", optional(words), "a JSON object of columns with other names", default=""),
+    Arg("--hf-datasets-params", optional(words), "a JSON file that names local files for datasets", default=""),
+    Arg("--log-interval", whole, f"{WHOLE}: records between two lines of progress; 0: no lines", default="1000"),
     Arg("--dataset-impl", one_of("mmap", "cached", "lazy"), "mmap, cached or lazy: all are the same", default="mmap"),
-    *ignored("--log-interval", "--cache-dir", "--datasets", "--lang", "--partitions"),
+    *ignored("--cache-dir", "--datasets", "--lang", "--partitions"),
     *ignored("--make-vocab-size-divisible-by", "--pad-vocab-size-to"),
     *switches("--streaming", "--keep-sequential-samples"),
-)
-UNBUILT: tuple[Line, ...] = (
-    ("--handler-name", lambda v: v["--handler-name"] != PRETRAIN_HANDLER, "this handler", PRETRAIN_HANDLER),
-    ("--pack", lambda v: v["--pack"], "packing here", "toolkits/sft_data_preprocessing"),
-    ("--hf-datasets-params", lambda v: v["--hf-datasets-params"] is not None, "datasets' own loading", "--input"),
 )
 MERGE_DATASETS: Table = (
     Arg("--input", words, "a directory of .bin/.idx pairs"),
@@ -71,6 +77,6 @@ MERGE_DATASETS: Table = (
 )
 
 DATASET_TOOLS = {
-    "preprocess-data": Launcher("preprocess_data", PREPROCESS_DATA, unbuilt=UNBUILT, is_flags=True),
+    "preprocess-data": Launcher("preprocess_data", PREPROCESS_DATA, is_flags=True),
     "merge-datasets": Launcher("merge_datasets", MERGE_DATASETS, is_flags=True),
 }
