@@ -1,4 +1,4 @@
-"""EPOCH as iterations: how many samples one pass has, counted without reading what is in them."""
+"""EPOCH as iterations: how many samples one pass has, counted without tokenising them."""
 
 import math
 from dataclasses import replace
@@ -7,9 +7,11 @@ from pathlib import Path
 from megatron_patch.config.data import DataConfig
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import read_header
-from megatron_patch.data.json_lines import is_array, read_array
+from megatron_patch.data.inputs import check_readable, read_rows, resolve_inputs
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.splits import split_range
+
+BATCH = 1 << 20  # bytes of records read together
 
 
 def samples_per_epoch(data: DataConfig) -> int:
@@ -24,7 +26,7 @@ def samples_per_epoch(data: DataConfig) -> int:
                 "MP_SFT_PACKING is true: how many samples the records fill is not known before they are tokenised, so "
                 "EPOCH cannot be counted; unset it, or preprocess them with PACKING true and MP_DATASET_TYPE=idxmap"
             )
-        sizes = [_count_records(Path(path)) for path in data.train_data_path]
+        sizes = [_count_records(resolve_inputs(data.train_data_path))]
     else:
         sources = parse_blend(data.train_data_path)
         if any(source.weight is not None for source in sources):
@@ -54,10 +56,6 @@ def in_epochs(run: RunConfig, epochs: int, samples: int, said: set[str]) -> RunC
     )
 
 
-def _count_records(path: Path) -> int:
-    if not path.is_file():
-        raise FileNotFoundError(f"JSON dataset {str(path)!r} does not exist")
-    with path.open("rb") as file:
-        if is_array(file):
-            return sum(1 for _ in read_array(file, path))
-        return sum(1 for line in file if line.strip())
+def _count_records(files: list[Path]) -> int:
+    check_readable(files)
+    return sum(len(rows.rows) for path in files for rows in read_rows(path, None, BATCH))
