@@ -35,31 +35,46 @@ def holds_stop(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str
 
 
 class TextStream:
-    """Text as its tokens come: what `add` returns is never changed by a later token, and holds whole characters."""
+    """Text as its tokens come: what `add` returns is never changed by a later token, and holds whole characters.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Nothing of a stop string is told, nor what may be the beginning of one, nor anything after it.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
         self.tokens: list[int] = []
-        self.begin = self.end = 0  # tokens[begin:end] were told; they stay for the spaces that depend on them
+        self.begin = self.end = 0  # tokens[begin:end] are read; they stay for the spaces that depend on them
+        self.held = ""  # read, and perhaps the beginning of a stop string
+        self.is_over = False
 
     def add(self, token: int) -> str:
         """What there is to tell now; empty while a character is not complete."""
         self.tokens.append(token)
-        new = self._untold()
-        return "" if new.endswith(UNKNOWN) else self._told(new)
+        new = self._unread()
+        return "" if new.endswith(UNKNOWN) else self._read(new, is_last=False)
 
     def finish(self) -> str:
         """What was held back, whole or not."""
-        return self._told(self._untold())
+        return self._read(self._unread(), is_last=True)
 
-    def _untold(self) -> str:
-        told = self._text(self.tokens[self.begin : self.end])
-        return self._text(self.tokens[self.begin :])[len(told) :]
+    def _unread(self) -> str:
+        before = self._text(self.tokens[self.begin : self.end])
+        return self._text(self.tokens[self.begin :])[len(before) :]
 
-    def _told(self, new: str) -> str:
+    def _read(self, new: str, *, is_last: bool) -> str:
         if new:
             self.begin, self.end = self.end, len(self.tokens)
-        return new
+        text = "" if self.is_over else self.held + new
+        ends = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
+        self.is_over = self.is_over or bool(ends)
+        told = min(ends) if ends else len(text) if is_last else len(text) - self._doubtful(text)
+        self.held = "" if ends else text[told:]
+        return text[:told]
+
+    def _doubtful(self, text: str) -> int:
+        """Characters at the end of `text` that a stop string may begin with."""
+        beginnings = (stop[:count] for stop in self.stop_strings for count in range(1, len(stop)))
+        return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
