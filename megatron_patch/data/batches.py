@@ -109,14 +109,16 @@ def training_batches(
     rank: int,
     size: int,
     start_iteration: int = 0,
+    is_loud: bool = True,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of every step from `start_iteration` to `train_iters`, one list per step.
 
-    `family_prompt` names the template of raw records when neither the user nor the tokenizer brings one. Raises
-    ValueError or FileNotFoundError, at once rather than at the first batch, for data that cannot be used.
+    `family_prompt` names the template of raw records when neither the user nor the tokenizer brings one. `is_loud`: say
+    what is left out or cut, which one rank of a run should. Raises ValueError or FileNotFoundError, at once rather than
+    at the first batch, for data that cannot be used.
     """
     deal = Deal(global_batch_size, micro_batch_size, rank, size)
-    source = _open(config, tokenizer, "train", train_iters * global_batch_size, family_prompt, is_loud=rank == 0)
+    source = _open(config, tokenizer, "train", train_iters * global_batch_size, family_prompt, is_loud=is_loud)
     return iter(Batches(*source, deal, range(start_iteration, train_iters), vocabulary_size(tokenizer)))
 
 
@@ -130,6 +132,7 @@ def validation_batches(
     micro_batch_size: int,
     rank: int,
     size: int,
+    is_loud: bool = True,
 ) -> Batches:
     """This rank's micro-batches of `eval_iters` global batches: the same at every iteration over them, so that the
     points of a validation curve can be compared.
@@ -137,7 +140,7 @@ def validation_batches(
     Small data repeats: indexed data by epochs, records from the first one on. Raises as `training_batches` does.
     """
     deal = Deal(global_batch_size, micro_batch_size, rank, size)
-    source = _open(config, tokenizer, "valid", eval_iters * global_batch_size, family_prompt, is_loud=rank == 0)
+    source = _open(config, tokenizer, "valid", eval_iters * global_batch_size, family_prompt, is_loud=is_loud)
     return Batches(*source, deal, range(eval_iters), vocabulary_size(tokenizer))
 
 
@@ -157,3 +160,11 @@ def _open(
     if config.dataset == "MMAP-SFT":
         return open_samples(config, split, num_samples, tokenizer.eos_token_id), in_turn
     return open_records(config, tokenizer, split, family_prompt, is_loud=is_loud)
+
+
+def without_effect(config: DataConfig) -> list[str]:
+    """A sentence for each setting that this kind of data does not heed."""
+    if config.dataloader_type == "single" or (config.dataset == "MMAP" and not config.is_instruction_dataset):
+        return []
+    name = f"--dataloader-type {config.dataloader_type}"
+    return [f"{name} has no effect in fine-tuning: every pass over its samples has an order of its own"]

@@ -20,7 +20,7 @@ from megatron_patch.data.prompts import PROMPTS
 from megatron_patch.data.records import resolve_names
 from megatron_patch.data.sft_index import DTYPE, document
 from megatron_patch.data.show import shown
-from megatron_patch.data.sidecar import describe, describe_source
+from megatron_patch.data.sidecar import FINE_TUNING, describe, describe_source
 from megatron_patch.data.tokenizer import identity, load_tokenizer
 
 Group = list[Tokenised]  # the records of one sample
@@ -107,7 +107,7 @@ def _description(
         "left_out": dict(sorted(left_out.counts.items())),
     }
     sources = [describe_source(path) for path in material.files]
-    return describe(identity(material.tokenizer), DTYPE, counts, sources, kind="fine-tuning", **made, **skipped)
+    return describe(identity(material.tokenizer), DTYPE, counts, sources, kind=FINE_TUNING, **made, **skipped)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from megatron_patch.data.gpt import Documents, GPTDataset
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.order import Order, in_turn, shuffled, usable
 from megatron_patch.data.paths import Source, parse_blend
+from megatron_patch.data.sidecar import check_made_for
 
 
 def open_indexed(config: DataConfig, split: str, num_samples: int, eod: int | None) -> tuple[SampleDataset, Order]:
@@ -18,6 +19,7 @@ def open_indexed(config: DataConfig, split: str, num_samples: int, eod: int | No
     documents = _documents(config, eod)
 
     def make(prefix: str, count: int | None) -> GPTDataset:
+        check_made_for(prefix, None)
         indexed = IndexedDataset(prefix)
         return GPTDataset(
             indexed,

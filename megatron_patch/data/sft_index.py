@@ -17,6 +17,7 @@ from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.instructions import Tokenised
 from megatron_patch.data.order import Order, repeated, shuffled, usable
 from megatron_patch.data.paths import parse_blend
+from megatron_patch.data.sidecar import check_made_for, read_sidecar
 
 IGNORED = -100
 DTYPE = "int32"  # whatever the vocabulary: labels and marks are negative
@@ -26,16 +27,19 @@ class IndexedInstructions:
     """`count` samples of `seq_length` tokens from the documents of one dataset, in an order of theirs.
 
     A row of several segments has `starts`, as rows of one have if `is_packed` or if the file marks segments. Where it
-    does not, and is packed, a segment ends with each `eos`. Raises ValueError for a dataset of another length or kind.
+    does not, and is packed, a segment ends with each `eos`. Raises ValueError for a dataset of another length or kind,
+    and for one that is not what its sidecar says.
     """
 
     def __init__(
         self, prefix: str, order: Order, count: int, *, seq_length: int, eos: int | None, is_packed: bool
     ) -> None:
+        check_made_for(prefix, seq_length)
         check_sample_documents(read_header(prefix), seq_length)
         self._indexed, self._order, self._count = IndexedDataset(prefix), order, count
         self._eos, self._is_packed, self._length = eos, is_packed, seq_length
         self.has_marks = bool((self._indexed[0][:seq_length] < 0).any())
+        _check_marks(prefix, self.has_marks)
         if is_packed and not self.has_marks and eos is None:
             raise ValueError(f"{prefix} does not mark where its segments end, and the tokenizer has no EOS to tell it")
 
@@ -102,3 +106,13 @@ def segment_ends(tokens: npt.NDArray, is_learned: npt.NDArray, eos: int | None) 
     learned = np.flatnonzero(is_learned)
     last = learned[-1] + 1 if len(learned) else -1  # the token that the last label names
     return (tokens == eos) & (np.arange(len(tokens)) <= last)
+
+
+def _check_marks(prefix: str, has_marks: bool) -> None:
+    told = (read_sidecar(prefix) or {}).get("segment_marks", has_marks)
+    if told != has_marks:
+        says, are = ("marks", "has none") if told else ("does not mark", "has marks")
+        raise ValueError(
+            f"{prefix}.json says that this dataset {says} where its segments end, but {prefix}.bin {are}; the files "
+            "come from two different runs, build it again"
+        )

@@ -13,6 +13,8 @@ from typing import Any
 from megatron_patch.data.index_header import IndexHeader
 
 FORMAT_VERSION = 1
+FINE_TUNING = "fine-tuning"  # the `kind` of samples; documents for pre-training have none, or the other
+OF_DOCUMENTS = (None, "text")
 READ_AT_ONCE = 1 << 20
 
 
@@ -73,7 +75,7 @@ def check_sidecar(header: IndexHeader, tokenizer: Mapping[str, Any]) -> str | No
     content = read_sidecar(header.prefix)
     if content is None:
         return f"{header.prefix} has no {Path(header.prefix).name}.json: which tokenizer made it cannot be verified"
-    for name in ("dtype", "documents", "tokens"):
+    for name in ("dtype", "documents", "sequences", "tokens"):
         told, found = content.get(name), getattr(header, name)
         if told is not None and told != found:
             raise ValueError(
@@ -88,3 +90,27 @@ def check_sidecar(header: IndexHeader, tokenizer: Mapping[str, Any]) -> str | No
             "differ; preprocess again, or name the dataset's tokenizer with --tokenizer-model"
         )
     return None
+
+
+def check_made_for(prefix: str | os.PathLike[str], sample_length: int | None) -> None:
+    """Hold a pair's sidecar, if there is one, against what a run reads: fine-tuning samples of `sample_length` tokens,
+    or (None) documents for pre-training. Raises ValueError where it says something else."""
+    content = read_sidecar(prefix)
+    if content is None:
+        return
+    kind, made_with = content.get("kind"), content.get("seq_length")
+    if sample_length is None and kind not in OF_DOCUMENTS:
+        raise ValueError(
+            f"{os.fspath(prefix)} holds {kind} samples, not documents for pre-training; fine-tune on it (SFT true), or "
+            "name a dataset of documents"
+        )
+    if sample_length is not None and kind != FINE_TUNING:
+        raise ValueError(
+            f"{os.fspath(prefix)} holds {kind or 'pre-training'} data, not fine-tuning samples; "
+            "build it with toolkits/sft_data_preprocessing"
+        )
+    if sample_length is not None and made_with != sample_length:
+        raise ValueError(
+            f"{os.fspath(prefix)} was made with SEQ_LEN {made_with}, and this run has SEQ_LEN {sample_length}; "
+            "train with its own, or build it again"
+        )

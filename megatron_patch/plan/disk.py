@@ -9,6 +9,7 @@ from megatron_patch.data.index_header import check_instruction_files, check_samp
 from megatron_patch.data.inputs import check_readable, resolve_inputs
 from megatron_patch.data.paths import parse_blend
 from megatron_patch.data.records import resolve_names
+from megatron_patch.data.sidecar import check_made_for
 from megatron_patch.data.splits import parse_split, shifted_split_range, split_range
 from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.weights import check_weights
@@ -112,9 +113,12 @@ def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
         if run.data.is_instruction_dataset:
             check_instruction_files(source.prefix)
             continue
-        header = read_header(source.prefix)
-        if run.data.dataset == "MMAP-SFT":
+        header, is_tuning = read_header(source.prefix), run.data.dataset == "MMAP-SFT"
+        check_made_for(source.prefix, run.data.seq_length if is_tuning else None)
+        if is_tuning:
             check_sample_documents(header, run.data.seq_length)
+        elif not header.tokens:
+            raise ValueError(f"dataset {source.prefix!r} holds no token; preprocess again")
 
 
 def _check_split(prefix: str, split: str, name: str, first: int, last: int, documents: int) -> None:

@@ -181,13 +181,17 @@ def test_validation_records_come_in_file_order_and_repeat(raw, tokenizer):
     assert step == [20, 21, 22, 20, 21, 22, 20, 21]
 
 
-def test_left_out_records_are_said_once(raw, tokenizer, tmp_path, caplog):
+def test_left_out_records_are_said_once_for_data_that_is_divided(raw, tokenizer, tmp_path, caplog):
     with (tmp_path / "train.json").open("w") as file:
         file.write('{"instruction": "n", "output": "n1"}\n' + json.dumps({"instruction": "n" * 400, "output": "n2"}))
+    raw = replace(raw, valid_data_path=raw.train_data_path, split="50,50,0")
+    with (tmp_path / "train.json").open("a") as file:
+        file.write('\n{"instruction": "n", "output": "n3"}')
     for rank in range(2):
-        training_batches(raw, tokenizer, train_iters=1, **SIZES, rank=rank, size=2)
+        training_batches(raw, tokenizer, train_iters=1, **SIZES, rank=rank, size=2, is_loud=rank == 0)
+        validation_batches(raw, tokenizer, eval_iters=1, **SIZES, rank=rank, size=2, is_loud=rank == 0)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/train.json: 1 of 2 records left out, their prompts alone are longer than 48 tokens"
+        f"{tmp_path}/train.json: 1 of 3 records left out, their prompts alone are longer than 48 tokens"
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_patch.config.data import DataConfig
-from megatron_patch.data.batches import training_batches, validation_batches
+from megatron_patch.data.batches import training_batches, validation_batches, without_effect
 from megatron_patch.data.gpt import segment_starts
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.instructions import Tokenised
@@ -236,6 +236,23 @@ def test_a_pair_of_another_kind_or_length_is_refused(tmp_path, tokenizer, dtype,
     config = config_of(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=message):
         training_batches(config, tokenizer, train_iters=1, **SIZES, **ALONE)
+
+
+def test_a_sidecar_that_says_something_else_of_segments_is_named(build, tokenizer):
+    prefix, _ = build(records_of())
+    told = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(told | {"segment_marks": False}))
+    with pytest.raises(
+        ValueError, match=r"does not mark where its segments end, but .*\.bin has marks; the files come"
+    ):
+        training_batches(config_of(prefix), tokenizer, train_iters=1, **SIZES, **ALONE)
+
+
+def test_an_order_that_fine_tuning_has_anyway_is_said_to_have_no_effect(build):
+    config = config_of("p", dataloader_type="cyclic")
+    assert len(without_effect(config)) == len(without_effect(replace(config, dataset="JSON-SFT"))) == 1
+    assert not without_effect(replace(config, dataset="MMAP"))
+    assert not without_effect(replace(config, dataloader_type="single"))
 
 
 def test_records_that_do_not_fit_are_refused():

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.preprocess import Recipe, preprocess
-from megatron_patch.data.sidecar import read_sidecar, tokenizer_identity
+from megatron_patch.data.sidecar import check_made_for, read_sidecar, tokenizer_identity
 from megatron_patch.data.tokenizer import check_datasets, load_tokenizer
 
 
@@ -81,6 +81,34 @@ def test_a_sidecar_of_other_files_is_named(prefix, tokenizer):
     Path(f"{prefix}.json").write_text(json.dumps(told | {"tokens": 99}))
     with pytest.raises(ValueError, match=r"says tokens 99, but the dataset has \d+; the files come from two"):
         check_datasets([prefix], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("told", "length", "message"),
+    [
+        ({"kind": "fine-tuning"}, None, "holds fine-tuning samples, not documents for pre-training; fine-tune on it"),
+        ({"kind": "instructions"}, None, "holds instructions samples, not documents"),
+        ({}, 8, "holds pre-training data, not fine-tuning samples; build it with"),
+        ({"kind": "instructions"}, 8, "holds instructions data, not fine-tuning samples"),
+        ({"kind": "fine-tuning", "seq_length": 16}, 8, "was made with SEQ_LEN 16, and this run has SEQ_LEN 8"),
+    ],
+)
+def test_a_dataset_of_another_kind_or_length_is_named(told, length, message, prefix):
+    content = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(content | told))
+    with pytest.raises(ValueError, match=f"out_text_document {message}"):
+        check_made_for(prefix, length)
+
+
+@pytest.mark.parametrize(
+    ("told", "length"), [({}, None), ({"kind": "text"}, None), ({"kind": "fine-tuning", "seq_length": 8}, 8)]
+)
+def test_a_dataset_of_the_runs_kind_is_accepted_and_so_is_one_that_does_not_say(told, length, prefix):
+    content = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(content | told))
+    check_made_for(prefix, length)
+    Path(f"{prefix}.json").unlink()
+    check_made_for(prefix, length)
 
 
 @pytest.mark.parametrize(

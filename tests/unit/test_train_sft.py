@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from tiny_training import lines, tiny_run
 
 from megatron_patch.config.data import DataConfig
 from megatron_patch.data.preprocess_sft import main
-from megatron_patch.parallel.mesh import single_process
+from megatron_patch.parallel.mesh import Axis, single_process
+from megatron_patch.train import loop
 from megatron_patch.train.loop import train
 
 LENGTH = 96
@@ -71,6 +73,18 @@ def test_raw_records_are_shown_as_the_run_will_learn_them(fine_tuning, capsys):
     run = fine_tuning("raw", "JSON-SFT", sft_packing=True)
     train(dataclasses.replace(run, train_iters=1, data=dataclasses.replace(run.data, show_samples=2)), single_process())
     assert capsys.readouterr().out.startswith("<s> [INST] n0 [/INST]⟦ </s>⟧\n\n<s> [INST] n1 [/INST]⟦ yes </s>⟧\n\n")
+
+
+def test_one_rank_says_what_is_left_out_and_what_has_no_effect(fine_tuning, caplog):
+    run = fine_tuning("raw", "JSON-SFT", sft_packing=False)
+    Path(run.data.train_data_path[0]).write_text(json.dumps([*RECORDS, {"query": "n " * LENGTH, "output": "lost"}]))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, dataloader_type="cyclic"))
+    alone = single_process()
+    for rank in range(2):
+        loop._batches(run, dataclasses.replace(alone, rank=rank, tp=Axis(rank, 2)), 0)
+    effect, left_out = (record.getMessage() for record in caplog.records)
+    assert effect.startswith("--dataloader-type cyclic has no effect in fine-tuning")
+    assert "1 of 21 records left out" in left_out
 
 
 @pytest.mark.parametrize("dataset", ["JSON-SFT", "MMAP-SFT"])
