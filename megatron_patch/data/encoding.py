@@ -17,7 +17,7 @@ def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """What encodes texts as `tokenizer` does without special tokens; what it returns can be read once.
 
     The tokenizers library writes ▁ for every space of a Llama-style text by a regular expression and keeps account of
-    each byte, a fifth to a third of its time [tokenizers 0.22 and 0.23]. The same is done here before it is asked, for
+    each byte, a fifth to a third of its time [tokenizers 0.23]. The same is done here before it is asked, for
     texts in which no added token occurs, since it treats what lies between those as texts of their own.
     """
     if not tokenizer.is_fast:
