@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_patch.checkpoint.disk import named_errors
 from megatron_patch.checkpoint.interface import Source, Target, Written
 from megatron_patch.checkpoint.layouts import check_divides, cut, shard_shape
 from megatron_patch.checkpoint.megatron_args import megatron_args
+from megatron_patch.checkpoint.paced import PacedFile
 from megatron_patch.checkpoint.placement import (
     Slot,
     as_cut,
@@ -109,17 +110,23 @@ def _around(args: argparse.Namespace, iteration: int | None = None) -> dict[str,
 
 
 def write_rank(
-    root: Path, iteration: int | None, name: str, chunks: Sequence[Mapping[str, Tensor]], args: argparse.Namespace
+    root: Path,
+    iteration: int | None,
+    name: str,
+    chunks: Sequence[Mapping[str, Tensor]],
+    args: argparse.Namespace,
+    moved: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one rank's file where no reader looks; `publish` makes it visible once every rank has written.
 
     `name` is the rank's directory, `chunks` the shards of each of its virtual chunks under the names they get on disk.
-    Any number of processes may write their own rank.
+    Any number of processes may write their own rank; `moved` is called as the file grows.
     """
     directory = _unpublished(root, iteration) / name
     directory.mkdir(parents=True, exist_ok=True)
     alone = [{key: _alone(tensor) for key, tensor in chunk.items()} for chunk in chunks]
-    _save(directory / RANK_FILE, _around(args, iteration) | dict(zip(_chunk_names(len(chunks)), alone, strict=True)))
+    payload = _around(args, iteration) | dict(zip(_chunk_names(len(chunks)), alone, strict=True))
+    _save(directory / RANK_FILE, payload, moved)
 
 
 def publish(root: Path, iteration: int | None, names: Sequence[str]) -> Path:
@@ -149,11 +156,10 @@ def _chunk_names(count: int) -> list[str]:
     return ["model"] if count == 1 else [f"model{chunk}" for chunk in range(count)]
 
 
-def _save(path: Path, payload: dict[str, Any]) -> None:
+def _save(path: Path, payload: dict[str, Any], moved: Callable[[], None]) -> None:
     """`torch.save`, on the disk when it returns. Raises OSError naming `path` when the disk is full."""
-    with named_errors(path), path.open("wb") as file:
+    with named_errors(path), PacedFile(path, moved) as file:
         torch.save(payload, file)
-        file.flush()
         os.fsync(file.fileno())
 
 

@@ -10,8 +10,8 @@ from megatron_patch.parallel.mesh import Mesh
 
 T = TypeVar("T")
 
-# Ranks wait for the slowest of them to write its files; one that has died is noticed at once.
-LONGEST_WRITE = timedelta(hours=2)
+# One that has died is noticed at once, and one that hangs by its `Progress`: however long a slow one takes is well.
+LONGEST_WAIT = timedelta(days=30)
 
 
 def host_group(mesh: Mesh) -> dist.ProcessGroup | None:
@@ -19,7 +19,7 @@ def host_group(mesh: Mesh) -> dist.ProcessGroup | None:
 
     A thread may use it while others communicate. Every rank calls this at the same point.
     """
-    return dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if mesh.world.size > 1 else None
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if mesh.world.size > 1 else None
 
 
 def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:

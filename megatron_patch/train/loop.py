@@ -20,6 +20,7 @@ from megatron_patch.model.kernels import resolve_kernel, using
 from megatron_patch.parallel.agreement import host_group
 from megatron_patch.parallel.collectives import max_
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.parallel.progress import Progress
 from megatron_patch.train.finite import Streak, origin
 from megatron_patch.train.log import Log
 from megatron_patch.train.loss_scale import LossScale
@@ -53,8 +54,9 @@ class Training:
 
 def train(run: RunConfig, mesh: Mesh) -> None:
     """From the start weights, or where an earlier launch of the run stopped, to the last checkpoint."""
-    entries, group = manifest(ALL[run.family], run.model), host_group(mesh)
-    beginning = find_beginning(run, group)
+    entries = manifest(ALL[run.family], run.model)
+    progress = Progress(host_group(mesh), run.parallel.distributed_timeout_minutes)
+    beginning = find_beginning(run, progress)
     run = beginning.settled(run)
     batches, validation = _batches(run, mesh, beginning.iteration)
     run = replace(run, memory=resolve_offload(run, entries, mesh.grid, mesh.device))
@@ -65,13 +67,13 @@ def train(run: RunConfig, mesh: Mesh) -> None:
     passes, optimizer = build_passes(chunks, mesh, run.precision), build_optimizer(run.optimizer, chunks)
     scale, streak = _loss_scale(run, beginning), Streak(run.max_nonfinite_steps)
     training = Training(run, mesh, entries, passes, optimizer, scale, validation, streak, LossWatch())
-    with claimed_output(run, mesh, group):
-        check_shared(Path(run.checkpoint.save), group)
-        lines = begin(run, beginning, chunks, optimizer, entries, mesh, group)
+    with claimed_output(run, mesh, progress):
+        check_shared(Path(run.checkpoint.save), progress)
+        lines = begin(run, beginning, chunks, optimizer, entries, mesh, progress)
         log = Log(run, mesh, beginning.kept)  # opens files: not before everything that can be refused was read
         for line in (*lines, *described(run), f"attention: {kernel.description}", *_nothing_left(run, beginning)):
             log.say(f" {line}")
-        saver = Saver(run, chunks, optimizer, entries, mesh, group, log.say, beginning.replaced(run))
+        saver = Saver(run, chunks, optimizer, entries, mesh, progress, log.say, beginning.replaced(run))
         try:
             with using(kernel, chunks), noted() as is_stop_asked:
                 if beginning.checkpoint is None and run.eval_iters:
@@ -80,9 +82,6 @@ def train(run: RunConfig, mesh: Mesh) -> None:
                     if _iterate(training, log, saver, iteration, micro_batches, is_stop_asked):
                         log.say(f" asked to stop: iteration {iteration} is the last; {_way_on(run)}")
                         break
-        except RuntimeError:  # a rank that no longer answers may hold up the save too
-            saver.wait(60 * run.parallel.distributed_timeout_minutes)
-            raise
         finally:
             saver.wait()
         saver.finish()

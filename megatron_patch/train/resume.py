@@ -19,8 +19,8 @@ from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
-from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.parallel.progress import Progress
 from megatron_patch.plan.start import Recorded, Start, changes, resolve_start
 from megatron_patch.train.pieces import Piece, pieces, read_piece
 from megatron_patch.train.save import MOMENTS, random_state
@@ -64,17 +64,17 @@ class Beginning:
         return sorted(Path(run.checkpoint.save).glob("iter_*")) if run.checkpoint.overwrite else []
 
 
-def find_beginning(run: RunConfig, group: dist.ProcessGroup | None) -> Beginning:
+def find_beginning(run: RunConfig, progress: Progress) -> Beginning:
     """The last complete checkpoint of this run, or of the one that `--resume` names, its files as they were written.
 
     All ranks take part and get the same. Raises, on all of them, as `resolve_start`, and ValueError for a damaged
     checkpoint unless `--resume-previous` allows the one before it.
     """
-    is_first = group is None or dist.get_rank(group) == 0
-    start: Start = together(lambda: resolve_start(run) if is_first else None, group)[0]
+    is_first = progress.group is None or dist.get_rank(progress.group) == 0
+    start: Start = progress.together("looking for checkpoints", lambda: resolve_start(run) if is_first else None)[0]
     notes: list[str] = []
     for number, candidate in enumerate(start.candidates):
-        found = find_damage(candidate.directory, candidate.record["files"], group)
+        found = find_damage(candidate.directory, candidate.record["files"], progress)
         if found is None:
             changed = changes(candidate.run, run)
             notes += [
@@ -90,12 +90,12 @@ def find_beginning(run: RunConfig, group: dist.ProcessGroup | None) -> Beginning
     return Beginning(notes=(f"a new run: {_why_new(run)}",))
 
 
-def find_damage(
-    directory: Path, files: Mapping[str, Mapping[str, int | str]], group: dist.ProcessGroup | None
-) -> str | None:
+def find_damage(directory: Path, files: Mapping[str, Mapping[str, int | str]], progress: Progress) -> str | None:
     """One phrase about the first file that is not as it was written, the same on all ranks, which share the reading."""
+    group = progress.group
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    found = together(lambda: damage(directory, files, sorted(files)[rank::size]), group)
+    own = sorted(files)[rank::size]
+    found = progress.together("reading checkpoint files", lambda: damage(directory, files, own, progress.moved))
     return next((phrase for phrase in found if phrase is not None), None)
 
 
@@ -106,7 +106,7 @@ def begin(
     optimizer: torch.optim.Optimizer,
     entries: list[Entry],
     mesh: Mesh,
-    group: dist.ProcessGroup | None,
+    progress: Progress,
 ) -> tuple[str, ...]:
     """Give the model its weights, and the optimizer its state where there is one. Returns lines that say from where."""
     if beginning.checkpoint is not None:
@@ -118,7 +118,7 @@ def begin(
         load_weights(chunks, entries, source, mesh)
         return (*beginning.notes, f"starting from {source.describe()}, with a new optimizer")
     if detect_format(Path(load)).name == "dcp" and not run.checkpoint.upcycle:
-        described = _load_dcp(Path(load), chunks, entries, mesh, group)
+        described = _load_dcp(Path(load), chunks, entries, mesh, progress)
     else:
         source = open_start_weights(run)
         load_weights(chunks, entries, source, mesh)
@@ -127,12 +127,10 @@ def begin(
 
 
 @torch.no_grad()
-def _load_dcp(
-    root: Path, chunks: list[GPTModel], entries: list[Entry], mesh: Mesh, group: dist.ProcessGroup | None
-) -> str:
+def _load_dcp(root: Path, chunks: list[GPTModel], entries: list[Entry], mesh: Mesh, progress: Progress) -> str:
     """The weights of what training wrote: every rank reads its own part. Raises ValueError for a damaged file."""
     directory = latest_directory(root)
-    found = find_damage(directory, recorded_files(directory), group)
+    found = find_damage(directory, recorded_files(directory), progress)
     if found is not None:
         raise ValueError(f"{found}; start from an earlier iteration, by its number in {root / TRACKER}")
     index = read_weights_index(directory, entries)

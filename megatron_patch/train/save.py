@@ -5,14 +5,13 @@ A checkpoint is filled in a hidden directory, gets its name when it is whole, an
 
 import dataclasses
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_patch.checkpoint.atomic import (
@@ -28,8 +27,8 @@ from megatron_patch.config.checkpoint import RUN, TRACKER
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.model.decoder import GPTModel
-from megatron_patch.parallel.agreement import together
 from megatron_patch.parallel.mesh import Mesh
+from megatron_patch.parallel.progress import Progress
 from megatron_patch.train.companions import as_json, write_companions
 from megatron_patch.train.device import synchronise
 from megatron_patch.train.pieces import is_second_copy, pieces
@@ -40,14 +39,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @contextmanager
-def claimed_output(run: RunConfig, mesh: Mesh, group: dist.ProcessGroup | None) -> Iterator[None]:
+def claimed_output(run: RunConfig, mesh: Mesh, progress: Progress) -> Iterator[None]:
     """The output directory belongs to this run while the block runs, and what killed saves left in it is removed.
 
     Raises FileExistsError on every rank while another run writes there.
     """
     root = Path(run.checkpoint.save)
     with ExitStack() as held:
-        together(lambda: held.enter_context(claimed_directory(root)) if mesh.rank == 0 else None, group)
+        progress.together(
+            "claiming the output directory",
+            lambda: held.enter_context(claimed_directory(root)) if mesh.rank == 0 else None,
+        )
         if mesh.rank == 0:
             for hidden in root.glob(".iter_*.old"):
                 remove_leftovers(root / hidden.name[1:].split(".")[0])
@@ -72,41 +74,38 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         entries: list[Entry],
         mesh: Mesh,
-        group: dist.ProcessGroup | None,
+        progress: Progress,
         say: Callable[[str], None],
         replaced: Sequence[Path] = (),
     ):
-        """`group` is used by no other than the saver; `replaced` are deleted once there is a checkpoint instead."""
+        """`replaced` are deleted once there is a checkpoint instead."""
         self.run, self.chunks, self.optimizer, self.entries, self.mesh = run, chunks, optimizer, entries, mesh
-        self.root, self.group, self.say, self.replaced = Path(run.checkpoint.save), group, say, replaced
+        self.root, self.progress, self.say, self.replaced = Path(run.checkpoint.save), progress, say, replaced
         held = pieces(named_parameters(chunks), entries, mesh)
         self.pieces = [p for number, p in held if p.is_written_here(number) and not is_second_copy(p.entry, mesh)]
         self.buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
     def save(self, iteration: int, state: Mapping[str, Any]) -> None:
         """Copy what is to be saved, and write it while training goes on; the save before has ended then.
 
-        `state` is what else the run needs to go on, ready for JSON.
+        `state` is what else the run needs to go on, ready for JSON. Raises HungError as `wait`.
         """
         self.wait()
+        name = f"the save of iteration {iteration}"
         if self.run.checkpoint.ckpt_format == "torch":
-            self._guarded(iteration, lambda: self._write_torch(iteration), (OSError, ValueError))
+            write = partial(self._write_torch, iteration)
+            self.progress.start(name, lambda: self._guarded(iteration, write, (OSError, ValueError)))
+            self.wait()
             return
-        boxes, record = self._staged(), self._record(iteration, state)
-        self.thread = threading.Thread(
-            target=self._guarded, args=(iteration, lambda: self._write_dcp(iteration, boxes, record)), name="save"
-        )
-        self.thread.start()
+        write = partial(self._write_dcp, iteration, self._staged(), self._record(iteration, state))
+        self.progress.start(name, lambda: self._guarded(iteration, write))
         if not self.run.checkpoint.async_save:
             self.wait()
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Return when no save is under way, or when that has not ended in so many `seconds`: it is given up."""
-        if self.thread is not None:
-            self.thread.join(seconds)
-            self.thread = None
+    def wait(self) -> None:
+        """Return when no save is under way, however slow it is. Raises HungError when a rank does not move in it."""
+        self.progress.wait()
 
     def finish(self) -> None:
         """Return when the last save is on the disk. Raises OSError when it is not."""
@@ -123,7 +122,7 @@ class Saver:
         except told as error:
             self.failure = error
             if self.mesh.rank == 0:
-                shutil.rmtree(self._partial(iteration), ignore_errors=True)
+                shutil.rmtree(self._hidden(iteration), ignore_errors=True)
             self.say(
                 f" the checkpoint of iteration {iteration} was NOT saved: {error}; training goes on, and {self.root} "
                 "keeps the earlier ones"
@@ -133,30 +132,37 @@ class Saver:
             self.say(f" saved checkpoint of iteration {iteration} in {self.root}")
 
     def _write_torch(self, iteration: int) -> None:
-        is_first = self.mesh.rank == 0
-        together(lambda: write_companions(self.run, self.root) if is_first else None, self.group)
-        save_weights(self.run, self.chunks, self.entries, iteration, self.mesh, self.group)
-        together(lambda: self._remove_older(iteration) if is_first else None, self.group)
+        if self.mesh.device.type != "cpu":
+            torch.accelerator.set_device_index(self.mesh.device)  # each thread has its own
+        self._on_first("writing configuration and tokenizer", lambda: write_companions(self.run, self.root))
+        save_weights(self.run, self.chunks, self.entries, iteration, self.mesh, self.progress)
+        self._on_first("deleting older checkpoints", lambda: self._remove_older(iteration))
 
     def _write_dcp(self, iteration: int, boxes: list[TensorBox], record: dict[str, Any]) -> None:
-        is_first, partial = self.mesh.rank == 0, self._partial(iteration)
-        together(lambda: _empty(partial) if is_first else None, self.group)
-        write_boxes(partial, boxes, self.group)
-        files = files_of_rank(partial, self.mesh.rank)
-        found = together(lambda: {path.name: checksum(path) for path in files}, self.group)
+        hidden, progress = self._hidden(iteration), self.progress
+        self._on_first("emptying its directory", lambda: _empty(hidden))
+        write_boxes(hidden, boxes, progress)
+        files = files_of_rank(hidden, self.mesh.rank)
+        found = progress.together(
+            "reading its files", lambda: {path.name: checksum(path, progress.moved) for path in files}
+        )
         record["files"] = {file: sums for sums_of in found for file, sums in sums_of.items()}
-        together(lambda: self._publish(partial, iteration, record) if is_first else None, self.group)
+        self._on_first("giving it its name", lambda: self._publish(hidden, iteration, record))
 
-    def _partial(self, iteration: int) -> Path:
+    def _on_first(self, doing: str, function: Callable[[], None]) -> None:
+        """What rank 0 does while the others wait; its error is theirs."""
+        self.progress.together(doing, function if self.mesh.rank == 0 else lambda: None)
+
+    def _hidden(self, iteration: int) -> Path:
         """Where an iteration is written before it has its name."""
         return self.root / f".{iteration_name(iteration)}.partial"
 
-    def _publish(self, partial: Path, iteration: int, record: dict[str, Any]) -> None:
+    def _publish(self, hidden: Path, iteration: int, record: dict[str, Any]) -> None:
         """Give a whole checkpoint its name, then name it in the tracker, then make room."""
         write_companions(self.run, self.root)
-        write_text(partial / RUN, as_json(record))
-        synchronise_tree(partial)
-        move_directory(partial, self.root / iteration_name(iteration))
+        write_text(hidden / RUN, as_json(record))
+        synchronise_tree(hidden)
+        move_directory(hidden, self.root / iteration_name(iteration))
         write_text(self.root / TRACKER, str(iteration))
         self._remove_older(iteration)
 

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_patch.parallel.agreement import together
+from megatron_patch.parallel.progress import Progress
 
 PATIENCE_SECONDS = 10.0  # a network file system may show another machine's new file late
 POLL_SECONDS = 0.1
 
 
-def check_shared(directory: Path, group: dist.ProcessGroup | None) -> None:
+def check_shared(directory: Path, progress: Progress) -> None:
     """Raise ValueError on every rank unless all of them see what rank 0 writes in `directory`, which it has made."""
-    if group is None:
+    if progress.group is None:
         return
-    is_first = dist.get_rank(group) == 0
-    token = directory / together(lambda: f".shared_{secrets.token_hex(8)}", group)[0]
+    is_first, doing = dist.get_rank(progress.group) == 0, "looking at the output directory"
+    token = directory / progress.together(doing, lambda: f".shared_{secrets.token_hex(8)}")[0]
     try:
-        together(lambda: token.touch() if is_first else None, group)
-        together(lambda: _look(token), group)
+        progress.together(doing, lambda: token.touch() if is_first else None)
+        progress.together(doing, lambda: _look(token))
     finally:
         if is_first:
             token.unlink(missing_ok=True)

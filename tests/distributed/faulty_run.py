@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_patch.checkpoint import paced
 from megatron_patch.config.run import RunConfig
 from megatron_patch.model.decoder import GPTModel
-from megatron_patch.train import save, shared_output, step
+from megatron_patch.parallel.progress import HungError, Progress
+from megatron_patch.train import shared_output, step
 from megatron_patch.train.loop import train
 from megatron_patch.weights.parameters import local, named_parameters
 from tiny_run import mesh_of
@@ -52,24 +54,55 @@ def with_poisoned_layer(run: RunConfig, world: int, rank: int, layer: int, is_ba
     return "it did not end"
 
 
-def held_up_in_a_save(run: RunConfig, world: int, rank: int) -> float:
-    """Seconds until a run ends whose `rank` hangs in its first save, and in whose next step the others miss it."""
-    released, write = threading.Event(), save.write_boxes
+def hanging_in_a_save(run: RunConfig, world: int, rank: int, save: int, is_stopped: bool) -> tuple[float, str]:
+    """How, and after how many seconds in it, a run ends whose `rank` hangs in its save number `save`.
 
-    def missed(_: list[GPTModel]) -> None:
-        raise RuntimeError("Timed out")
+    The rank's process is stopped, or only the thread that writes.
+    """
+    pids, released, began = [0] * world, threading.Event(), []
+    dist.all_gather_object(pids, os.getpid())
 
-    if dist.get_rank() == rank:
-        save.write_boxes = lambda *arguments: write(*arguments) if released.wait() else None
-    _after_gradients(dist.get_rank(), run.checkpoint.save_interval + 1, missed)
-    started = time.monotonic()
+    def hang(file: paced.PacedFile) -> None:
+        if began or f"iter_{save * run.checkpoint.save_interval:07}" not in str(file.name):
+            return
+        began.append(time.monotonic())
+        if dist.get_rank() != rank:
+            return
+        if is_stopped:
+            time.sleep(0.5)  # the others have heard what it does
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            released.wait()
+
+    _before_writing(hang)
     try:
         train(run, mesh_of(run, world))
-    except RuntimeError:
-        return time.monotonic() - started
+    except HungError as error:
+        return time.monotonic() - began[0], str(error)
     finally:
         released.set()
-    return float("inf")
+        if dist.get_rank() != rank:
+            os.kill(pids[rank], signal.SIGCONT)
+    return time.monotonic() - began[0], "it did not hang"
+
+
+def slow_in_a_save(run: RunConfig, world: int, rank: int, seconds: float) -> float:
+    """Seconds from the error that ends a run to its end, while `rank` writes a save of so many `seconds` at least."""
+    failed, slow = [], iter([seconds / 40] * 40)
+
+    def fail(_: list[GPTModel]) -> None:
+        failed.append(time.monotonic())
+        raise RuntimeError("nothing to do with the save")
+
+    _before_writing(lambda _: time.sleep(next(slow, 0)) if dist.get_rank() == rank else None)
+    _after_gradients(dist.get_rank(), run.checkpoint.save_interval + 1, fail)
+    try:
+        train(run, mesh_of(run, world))
+    except HungError:
+        return -1.0
+    except RuntimeError:
+        return time.monotonic() - failed[0]
+    return -1.0
 
 
 class _Poison(torch.autograd.Function):
@@ -81,6 +114,12 @@ class _Poison(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * (torch.nan if ctx.is_backward else 1), None
+
+
+def _before_writing(do: Callable[[paced.PacedFile], None]) -> None:
+    """Let this rank do something before every write to a checkpoint's file."""
+    write = paced.PacedFile.write
+    paced.PacedFile.write = lambda file, data: (do(file), write(file, data))[1]
 
 
 def _after_gradients(rank: int, at_step: int, do: Callable[[list[GPTModel]], None]) -> None:
@@ -100,7 +139,7 @@ def sharing(directories: list[Path]) -> str:
     """What each rank says of its own output directory."""
     shared_output.PATIENCE_SECONDS = 0.2
     try:
-        shared_output.check_shared(directories[dist.get_rank()], dist.group.WORLD)
+        shared_output.check_shared(directories[dist.get_rank()], Progress(dist.group.WORLD))
     except ValueError as error:
         return str(error)
     return "shared"

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from faulty_run import asked_to_stop, held_up_in_a_save, sharing, with_poisoned_gradient, with_poisoned_layer
+from faulty_run import (
+    asked_to_stop,
+    hanging_in_a_save,
+    sharing,
+    slow_in_a_save,
+    with_poisoned_gradient,
+    with_poisoned_layer,
+)
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train import step
@@ -76,10 +83,32 @@ def test_directories_that_are_not_one_are_refused_by_every_rank(tmp_path):
     assert not list(tmp_path.glob("*/*")), "the token is left behind"
 
 
-def test_a_rank_that_hangs_in_a_save_holds_up_the_others_no_longer_than_the_timeout(tmp_path):
-    run = tiny_run(tmp_path, parallel=ParallelConfig(distributed_timeout_minutes=0.02))
-    waited = run_ranks(held_up_in_a_save, 2, run, 2, 1)
-    assert all(1.2 <= seconds < 30 for seconds in waited), waited
+SHORT = ParallelConfig(distributed_timeout_minutes=0.03)
+SHORT_SECONDS = 1.8
+
+
+@pytest.mark.parametrize(
+    ("save", "is_stopped", "told"),
+    [
+        (2, True, "rank 1 was not heard of, last writing embedding.word_embeddings.weight"),
+        (2, False, "rank 1 got no further in writing embedding.word_embeddings.weight"),
+        (1, False, "rank 1 got no further in writing embedding.word_embeddings.weight"),
+    ],
+    ids=["stopped in the last save", "blocked in the last save", "blocked in the save before"],
+)
+def test_a_rank_that_hangs_in_a_save_is_named_on_every_rank_after_the_timeout(tmp_path, save, is_stopped, told):
+    run = tiny_run(tmp_path, parallel=SHORT)
+    ended = run_ranks(hanging_in_a_save, 2, run, 2, 1, save, is_stopped)
+    for seconds, sentence in ended[:1] if is_stopped else ended:
+        assert sentence == f"the save of iteration {2 * save} hangs: for 0.03 minutes {told}"
+        assert SHORT_SECONDS <= seconds < 5 * SHORT_SECONDS
+
+
+def test_a_slow_save_is_not_given_up_for_an_error_elsewhere(tmp_path):
+    run = tiny_run(tmp_path, parallel=SHORT)
+    waited = run_ranks(slow_in_a_save, 2, run, 2, 1, 1.5 * SHORT_SECONDS)
+    assert all(seconds > SHORT_SECONDS for seconds in waited), waited
+    assert [path.name for path in Path(run.checkpoint.save).glob("iter_*")] == ["iter_0000002"]
 
 
 @pytest.mark.parametrize(("ckpt_format", "told"), [("torch", "none goes on from them"), ("dcp", "the same command")])

@@ -14,6 +14,7 @@ from megatron_patch.families.manifest import manifest
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.agreement import host_group
 from megatron_patch.parallel.mesh import single_process
+from megatron_patch.parallel.progress import Progress
 from megatron_patch.train.loop import train
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.resume import begin, find_beginning
@@ -35,14 +36,14 @@ ALONE = ParallelConfig()
 def resaved_on_ranks(run, world: int, target: str) -> list[str]:
     """Load the run's checkpoint on this layout and save it again without a step; what was said."""
     mesh = mesh_of(run, world)
-    group, said = host_group(mesh), []
+    progress, said = Progress(host_group(mesh)), []
     entries = manifest(ALL[run.family], run.model)
-    beginning = find_beginning(run, group)
+    beginning = find_beginning(run, progress)
     chunks = build_model(run.model, run.parallel, run.precision, mesh)
     optimizer = build_optimizer(run.optimizer, chunks)
-    begin(run, beginning, chunks, optimizer, entries, mesh, group)
+    begin(run, beginning, chunks, optimizer, entries, mesh, progress)
     elsewhere = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save=target))
-    saver = Saver(elsewhere, chunks, optimizer, entries, mesh, group, said.append)
+    saver = Saver(elsewhere, chunks, optimizer, entries, mesh, progress, said.append)
     saver.save(beginning.iteration, {})
     saver.finish()
     return said

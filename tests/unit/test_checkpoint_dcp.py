@@ -18,6 +18,7 @@ from megatron_patch.checkpoint.hf import open_hf
 from megatron_patch.checkpoint.layouts import cut
 from megatron_patch.convert import main
 from megatron_patch.families.manifest import Entry
+from megatron_patch.parallel.progress import Progress
 
 
 def entry(shape, layout="copy", shard=None):
@@ -90,7 +91,7 @@ def write(root, values, tp=1, fsdp=1, extra=()):
     """An iteration as training leaves it."""
     directory = root / "iter_0000003"
     directory.mkdir(parents=True)
-    write_boxes(directory, [*boxes_of(values, tp, fsdp), *extra], None)
+    write_boxes(directory, [*boxes_of(values, tp, fsdp), *extra], Progress())
     files = {path.name: checksum(path) for path in directory.iterdir()}
     (directory / "run.json").write_text(json.dumps({"files": files}))
     (root / "latest_checkpointed_iteration.txt").write_text("3")
@@ -126,7 +127,7 @@ def test_whole_parameters_and_any_region_are_read_from_the_boxes(tp, fsdp, tmp_p
 def test_boxes_that_do_not_tile_their_tensor_are_never_written(tmp_path):
     half = TensorBox("x", (4,), (0,), torch.ones(2))
     with pytest.raises(AssertionError, match="x: 2 of 4 elements are written"):
-        write_boxes(tmp_path, [half], None)
+        write_boxes(tmp_path, [half], Progress())
 
 
 def test_a_region_that_is_stored_in_part_is_told(tmp_path):
@@ -169,7 +170,7 @@ def test_a_full_disk_is_told_as_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(OSError, match="rank 0: File too large"):
-                write_boxes(tmp_path / str(size), [TensorBox("x", (90_000,), (0,), torch.ones(90_000))], None)
+                write_boxes(tmp_path / str(size), [TensorBox("x", (90_000,), (0,), torch.ones(90_000))], Progress())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -99,12 +99,12 @@ def test_a_save_beside_training_is_the_save_that_training_waits_for(run, monkeyp
     beside = threading.Event()
     real_write, real_wait = save.write_boxes, save.Saver.wait
 
-    def late(directory, boxes, group):
+    def late(directory, boxes, progress):
         """Write only when the loop is back, after a step, to save again or to end."""
         before = [box.values.clone() for box in boxes]
         assert beside.wait(20)
         steps_beside.append(all(torch.equal(b.values, c) for b, c in zip(boxes, before, strict=True)))
-        real_write(directory, boxes, group)
+        real_write(directory, boxes, progress)
 
     def wait(saver):
         beside.set()
@@ -222,11 +222,11 @@ def test_without_a_tracker_the_last_complete_iteration_is_continued(run):
 def test_a_full_disk_during_a_save_is_said_and_the_run_goes_on(run, capsys, monkeypatch):
     limits, real = resource.getrlimit(resource.RLIMIT_FSIZE), save.write_boxes
 
-    def full(directory, boxes, group):
+    def full(directory, boxes, progress):
         if "0000002" in directory.name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         try:
-            real(directory, boxes, group)
+            real(directory, boxes, progress)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -238,7 +238,7 @@ def test_a_full_disk_during_a_save_is_said_and_the_run_goes_on(run, capsys, monk
 
 
 def test_the_last_save_must_not_fail_in_silence(run, monkeypatch):
-    def full(directory, boxes, group):
+    def full(directory, boxes, progress):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(save, "write_boxes", full)
