@@ -87,6 +87,13 @@ def accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> tuple[in
     return 0, ""
 
 
+def threads(environ: Mapping[str, str], ranks: Cluster) -> dict[str, str]:
+    """Variables set for the ranks: without accelerators, the cores are divided among them."""
+    if "OMP_NUM_THREADS" in environ or accelerators(environ)[0]:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // ranks.ranks_per_node))}
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

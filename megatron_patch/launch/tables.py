@@ -2,6 +2,8 @@
 
 from megatron_patch.launch.conversion_tables import CONVERTERS
 from megatron_patch.launch.dataset_tables import DATASET_TOOLS
+from megatron_patch.launch.evaluation_tables import EVALUATORS
+from megatron_patch.launch.generation_tables import GENERATORS
 from megatron_patch.launch.launcher import Launcher
 from megatron_patch.launch.positional import Arg, Table
 from megatron_patch.launch.script_tables import SCRIPTS
@@ -45,6 +47,8 @@ DRY_RUN = Arg("MP_DRY_RUN", on_or_off, "1 (print the plan, start nothing) or 0",
 LAUNCHERS = {
     **TRAINERS,
     **SCRIPTS,
+    **EVALUATORS,
+    **GENERATORS,
     "pretraining-dataset": Launcher("preprocessing", PREPROCESSING),
     "sft-dataset": Launcher("sft_preprocessing", SFT_PREPROCESSING),
     **CONVERTERS,

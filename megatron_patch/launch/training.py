@@ -13,6 +13,7 @@ from megatron_patch.config.flags import to_flags
 from megatron_patch.config.run import RunConfig
 from megatron_patch.launch import cluster
 from megatron_patch.launch.conversion_rules import vocabulary
+from megatron_patch.launch.data_options import with_data_options
 from megatron_patch.launch.epochs import in_epochs, samples_per_epoch
 from megatron_patch.launch.mixture import Architecture, resolve_architecture
 from megatron_patch.launch.options import check_options, names, overridden, settings
@@ -48,6 +49,7 @@ UNCOUNTED = ("train_iters", "lr_decay_iters", "samples", "tokens", "epochs", "sa
 def plan(request: Request) -> dict[str, Any]:
     """The plan of one run. Raises UsageError (or ValueError, OSError) for everything that stands in its way at once."""
     _check_data_kind(request)
+    request, data_notes = with_data_options(request)
     check_options(request.options, settings())
     architecture = resolve_architecture(request)
     derived = overridden(run_config(request, architecture), _launcher_flags(request), {})
@@ -68,14 +70,14 @@ def plan(request: Request) -> dict[str, Any]:
     return {
         "arguments": request.arguments(),
         **sections,
-        "environment": _environment(request, ranks),
+        "environment": cluster.threads(request.environ, ranks),
         "command": [
             *(sys.executable, "-m", "megatron_patch.train.agent"),
             *ranks.options,
             *("-m", "megatron_patch.train", *to_flags(run)),
         ],
         "warnings": [
-            *(*warnings, *uncounted, *_notes(request, run, architecture), *_without_effect(request)),
+            *(*warnings, *uncounted, *_notes(request, run, architecture), *data_notes, *_without_effect(request)),
             *_overridden_model(derived, run),
         ],
     }
@@ -163,13 +165,6 @@ def in_capitals(sentence: str, request: Request) -> str:
     places |= {arg.means: arg.name for arg in request.table if arg.means != arg.name}
     places |= {name: f"{name} (environment)" for name in CAPITALS.values() if name.startswith("MP_")}
     return re.sub(rf"\b({'|'.join(CAPITALS)})\b", lambda match: places.get(CAPITALS[match[0]], match[0]), sentence)
-
-
-def _environment(request: Request, ranks: cluster.Cluster) -> dict[str, str]:
-    """Variables set for the ranks: without accelerators, the cores are divided among them."""
-    if "OMP_NUM_THREADS" in request.environ or cluster.accelerators(request.environ)[0]:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, cluster.cores() // ranks.ranks_per_node))}
 
 
 def _vocabulary(request: Request, run: RunConfig) -> tuple[list[str], list[str]]:
