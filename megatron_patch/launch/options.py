@@ -6,6 +6,8 @@ from megatron_patch.config.flags import from_flags, known_flags, to_flags, unkno
 from megatron_patch.config.run import RunConfig
 from megatron_patch.launch.positional import UsageError
 
+IMPLIED = ("--finetune",)  # what documents add, and every run does that starts from weights
+
 
 def check_options(options: Iterable[str], known: Iterable[str]) -> None:
     """Raise UsageError for the first flag that is not `known`, with the nearest one that is."""
@@ -27,7 +29,7 @@ def option_value(options: Sequence[str], name: str) -> str | None:
 def settings() -> list[str]:
     """Every flag of a training run, switches in both directions."""
     flags = known_flags()
-    return [*flags, *("--no-" + flag.removeprefix("--") for flag in flags)]
+    return [*flags, *("--no-" + flag.removeprefix("--") for flag in flags), *IMPLIED]
 
 
 def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str]) -> RunConfig:
@@ -35,7 +37,7 @@ def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str])
     for name in names(options):
         if name in elsewhere:
             raise UsageError(f"{name} follows from {elsewhere[name]}; set that instead")
-    return from_flags([*to_flags(run), *options])
+    return from_flags([*to_flags(run), *(text for text in options if text not in IMPLIED)])
 
 
 def names(options: Iterable[str]) -> list[str]:
