@@ -68,7 +68,7 @@ def _rows_of_tokens(x_TH: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
 
 
 def _sum_over_choices(rows_RH: Tensor, place_TK: Tensor) -> Tensor:
-    return rows_RH.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape).sum(1)
+    return F.embedding_bag(place_TK, rows_RH, mode="sum")
 
 
 class _Spread(torch.autograd.Function):

@@ -16,7 +16,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, tp: Axis, vocab
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Holds one copy of the logits: exponentials, then probabilities, then gradients, all in their place."""
+    """Holds one copy of the logits: exponentials, then gradients, both in their place."""
 
     @staticmethod
     def forward(ctx, logits, labels, tp, vocab_size):
@@ -29,13 +29,12 @@ class _CrossEntropy(torch.autograd.Function):
         column = (labels - first).masked_fill(elsewhere, 0).unsqueeze(-1)
         chosen = sum_(logits.gather(-1, column).squeeze(-1).masked_fill(elsewhere, 0), tp)
         total = sum_(logits.exp_().sum(-1), tp)
-        ctx.save_for_backward(logits.div_(total.unsqueeze(-1)), column, elsewhere)
+        ctx.save_for_backward(logits, total, column, elsewhere)
         return total.log() - chosen
 
     @staticmethod
     def backward(ctx, grad):
-        probabilities, column, elsewhere = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        probabilities.mul_(grad)
-        probabilities.scatter_add_(-1, column, -grad.masked_fill(elsewhere.unsqueeze(-1), 0))
-        return probabilities, None, None, None
+        exponentials, total, column, elsewhere = ctx.saved_tensors
+        gradient = exponentials.mul_((grad / total).unsqueeze(-1))
+        gradient.scatter_add_(-1, column, -grad.masked_fill(elsewhere, 0).unsqueeze(-1))
+        return gradient, None, None, None
