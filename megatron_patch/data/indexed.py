@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from megatron_patch.data.index_header import CODES, HEADER_BYTES, MAGIC, VERSION, read_header
 
 SUFFIXES = (".bin", ".idx", ".json")
+_TEMPORARY = re.compile(r"\.(?:bin|idx|json)\.([0-9]+)\.tmp")  # with the process that writes it
 DOCUMENTS_AT_ONCE = 1024  # while appending a dataset
 
 
@@ -56,7 +59,8 @@ class IndexedDataset:
 
 
 class IndexedDatasetBuilder:
-    """Writes a pair. Both files appear when `finalize` returns; left by an exception, nothing does.
+    """Writes a pair. Both files appear when `finalize` returns; left by an exception, nothing does. What an earlier
+    process of this machine left that was killed is removed first.
 
     Use as a context manager: leaving it without an exception finalizes what is not complete.
     """
@@ -70,6 +74,7 @@ class IndexedDatasetBuilder:
         self._lengths: list[npt.NDArray] = []
         self._counts: list[npt.NDArray] = []
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        _sweep(self.prefix)
         self._bin = self._open(".bin")
 
     def add(
@@ -171,6 +176,24 @@ class IndexedDatasetBuilder:
 
     def _open(self, suffix: str) -> BinaryIO:
         return self._temporary(suffix).open("wb")
+
+
+def _sweep(prefix: str) -> None:
+    path = Path(prefix)
+    for left in path.parent.glob(f"{escape(path.name)}.*.tmp"):
+        match = _TEMPORARY.fullmatch(left.name.removeprefix(path.name))
+        if match and not _is_alive(int(match[1])):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _mapped_tokens(prefix: str, dtype: str, count: int) -> npt.NDArray:

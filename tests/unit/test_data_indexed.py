@@ -1,6 +1,9 @@
 """`.bin/.idx` pairs, against bytes that Megatron-Core wrote."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -170,3 +173,21 @@ def test_a_missing_bin_is_named(tmp_path):
     Path(f"{prefix}.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"x\.bin does not exist$"):
         IndexedDataset(prefix)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom megatron_patch.data.indexed import IndexedDatasetBuilder\n"
+        "builder = IndexedDatasetBuilder(sys.argv[1], 'uint16')\nbuilder.add([1], [1], [1])\nbuilder.complete({})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a[1]")])
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 3
+    kept = {f"a[1].bin.{os.getppid()}.tmp", "a[1].bin.x.tmp", "a[1]2.idx.99999999.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+    with IndexedDatasetBuilder(tmp_path / "a[1]", "uint16") as builder:
+        assert {path.name for path in tmp_path.iterdir()} == {*kept, f"a[1].bin.{os.getpid()}.tmp"}
+        builder.add([1], [1], [1])
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "a[1].bin", "a[1].idx"}
