@@ -33,7 +33,7 @@ def resolve_params(path: str) -> list[str]:
     base = Path(directory or ("" if builder in BUILDERS else builder))
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: data_files is neither a path nor a list of paths")
-    if words == [""] and base == Path():
+    if builder in BUILDERS and not (files or directory):
         raise ValueError(f"{path} names no files; data_files does")
     return [str(base / word) for word in words]
 

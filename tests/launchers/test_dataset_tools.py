@@ -17,11 +17,6 @@ MODELLINK = (
     "--input ./dataset/train-00000-of-00001.parquet --tokenizer-name-or-path ./model_from_hf/Mistral/ "
     "--output-prefix ./dataset/Mistral-7B/alpaca --workers 4 --log-interval 1000 --tokenizer-type PretrainedFromHF"
 )
-MODELLINK_TUNING = (
-    "--input ./Alpaca_data_gpt4_zh.jsonl --output-prefix ./finetune_dataset/Mistral-7B/alpaca --tokenizer-type "
-    "PretrainedFromHF --tokenizer-name-or-path ./model_from_hf/Mistral/ --append-eod --tokenizer-not-use-fast "
-    "--handler-name GeneralInstructionHandler --workers 4"
-)
 MIXTRAL_TRAIN = (
     "--input ./data/common_crawl --output-prefix ./encoded/common_crawl --json_keys text --dataset-impl mmap "
     "--tokenizer-type PretrainedTokenizerFromHF --tokenizer-model ./model_from_hf/Mistral --append-eod --workers 8"
