@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.config.run import RunConfig
-from megatron_patch.data.batches import Batch, training_batches, validation_batches
+from megatron_patch.data.batches import Batch, training_batches, validation_batches, without_effect
 from megatron_patch.data.raw import record_texts
 from megatron_patch.data.tokenizer import check_datasets, check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
@@ -151,6 +151,7 @@ def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable
     tokenizer = load_tokenizer(run.data.tokenizer_model or run.checkpoint.load, run.data.trust_remote_code)
     check_vocabulary(tokenizer, run.model.vocab_size)
     notes = check_datasets((*run.data.train_data_path, *run.data.valid_data_path), tokenizer)
+    notes += without_effect(run.data)
     if mesh.rank == 0:
         for note in notes:
             logging.getLogger(__name__).warning(note)
@@ -163,6 +164,7 @@ def _batches(run: RunConfig, mesh: Mesh, start_iteration: int) -> tuple[Iterable
         "micro_batch_size": run.micro_batch_size,
         "rank": mesh.dp.rank,
         "size": mesh.dp.size,
+        "is_loud": mesh.rank == 0,
     }
     return (
         training_batches(run.data, tokenizer, train_iters=run.train_iters, start_iteration=start_iteration, **dealt),
