@@ -16,7 +16,6 @@ TP, PP, EP = ({name: 2} for name in ("tp", "pp", "ep"))
         ("mistral", 4, (TP | PP, TP)),
         ("qwen1_5 tied", 2, (PP, TP)),
         ("mixtral", 2, (TP, EP)),
-        ("mixtral", 4, (PP | EP,)),
         ("deepseek_v2", 2, (TP, PP, EP)),
     ],
 )
