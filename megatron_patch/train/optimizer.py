@@ -44,18 +44,10 @@ def finish_gradients(chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh:
 
 
 @torch.no_grad()
-def clip_gradients(
-    chunks: Iterable[GPTModel],
-    entries: Iterable[Entry],
-    mesh: Mesh,
-    *,
-    limit: float,
-    sharded: bool,
-    loss_scale: float = 1.0,
+def gradient_norm(
+    chunks: Iterable[GPTModel], entries: Iterable[Entry], mesh: Mesh, *, sharded: bool, loss_scale: float = 1.0
 ) -> Tensor:
-    """Divide all gradients by `loss_scale`, and scale them so that their global 2-norm is at most `limit` (0: any).
-
-    Returns the norm of the gradients so divided, before it was limited.
+    """The global 2-norm of all gradients, divided by `loss_scale`.
 
     A gradient that several ranks hold adds its part by the share of each. `sharded`: data-parallel ranks hold pieces,
     not copies.
@@ -64,15 +56,19 @@ def clip_gradients(
     # A layer's experts share a parameter: the first stands for all of them, which may be ten thousands.
     copies = {parameter_name(entry): _copies(entry, mesh, sharded) for entry in entries if not entry.expert}
     if not mesh.is_first_stage and _is_tied(chunks):
-        gradients_once = {name: gradient for name, gradient in gradients.items() if name != EMBEDDING}
-    else:
-        gradients_once = gradients
-    norm = sum_(_squared_norm(gradients_once, copies, mesh.device), mesh.world).sqrt() / loss_scale
-    factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
-    if limit > 0 or loss_scale != 1:
-        for device, held in _by_device(gradients.values()).items():
-            torch._foreach_mul_(held, (factor / loss_scale).to(device))
-    return norm
+        del gradients[EMBEDDING]
+    return sum_(_squared_norm(gradients, copies, mesh.device), mesh.world).sqrt() / loss_scale
+
+
+def update(optimizer: torch.optim.AdamW, norm: float, *, limit: float, loss_scale: float = 1.0) -> None:
+    """Step with all gradients divided by `loss_scale` and scaled so that `norm`, theirs, is at most `limit` (0: any).
+
+    Fused AdamW does both as it reads them, on every device, as PyTorch's own GradScaler asks it to; it leaves `grad`
+    divided.
+    """
+    excess = max((norm + 1e-6) / limit, 1.0) if limit > 0 else 1.0
+    optimizer.grad_scale = torch.tensor(loss_scale * excess, dtype=torch.float32) if loss_scale * excess != 1 else None
+    optimizer.step()
 
 
 def _copies(entry: Entry, mesh: Mesh, sharded: bool) -> int:

@@ -14,7 +14,7 @@ from megatron_patch.model.auxiliary import set_auxiliary_scale
 from megatron_patch.parallel.collectives import sum_
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.loss_scale import LossScale
-from megatron_patch.train.optimizer import clip_gradients, finish_gradients
+from megatron_patch.train.optimizer import finish_gradients, gradient_norm, update
 from megatron_patch.train.passes import Passes
 from megatron_patch.train.sequence import cut_sequence
 
@@ -51,7 +51,7 @@ class StepResult:
 def train_step(
     run: RunConfig,
     passes: Passes,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     entries: list[Entry],
     micro_batches: list[Batch],
     mesh: Mesh,
@@ -61,17 +61,11 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss = backward(passes, micro_batches, mesh, scale.value)
     finish_gradients(passes.chunks, entries, mesh)
-    norm = clip_gradients(
-        passes.chunks,
-        entries,
-        mesh,
-        limit=run.optimizer.clip_grad,
-        sharded=run.parallel.use_distributed_optimizer,
-        loss_scale=scale.value,
-    )
+    sharded = run.parallel.use_distributed_optimizer
+    norm = gradient_norm(passes.chunks, entries, mesh, sharded=sharded, loss_scale=scale.value)
     result = StepResult(loss.item(), norm.item(), scale.value)
     if result.is_finite:
-        optimizer.step()
+        update(optimizer, result.gradient_norm, limit=run.optimizer.clip_grad, loss_scale=scale.value)
     scale.update(result.is_finite)
     return result
 

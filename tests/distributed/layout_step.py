@@ -28,7 +28,7 @@ from megatron_patch.model.decoder import GPTModel
 from megatron_patch.parallel.grid import Grid, resolve_grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh, single_process
 from megatron_patch.train.loss_scale import LossScale
-from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
+from megatron_patch.train.optimizer import build_optimizer, finish_gradients, gradient_norm
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import backward, evaluate, train_step
 from megatron_patch.weights.load import RandomWeights, load_weights
@@ -190,8 +190,7 @@ def outcome(trial: Trial, mesh: Mesh) -> Outcome:
     loss = backward(passes, batches, mesh)
     finish_gradients(chunks, entries, mesh)
     gradients = pieces_of(chunks, mesh, lambda parameter: parameter.grad)
-    limit, sharded = run.optimizer.clip_grad, trial.parallel.use_distributed_optimizer
-    norm = clip_gradients(chunks, entries, mesh, limit=limit, sharded=sharded)
+    norm = gradient_norm(chunks, entries, mesh, sharded=trial.parallel.use_distributed_optimizer)
     weights = pieces_of(chunks, mesh, lambda parameter: parameter.data)
     return Outcome(float(loss), float(validation), float(norm), gradients, weights)
 

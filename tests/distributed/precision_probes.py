@@ -13,7 +13,7 @@ from megatron_patch.model.compilation import compile_layers
 from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.train.finite import Streak
 from megatron_patch.train.loss_scale import LossScale
-from megatron_patch.train.optimizer import build_optimizer, clip_gradients, finish_gradients
+from megatron_patch.train.optimizer import build_optimizer, finish_gradients, gradient_norm
 from megatron_patch.train.passes import Passes, build_passes
 from megatron_patch.train.routing import router_fields
 from megatron_patch.train.step import backward, train_step
@@ -40,10 +40,10 @@ def gradients(trial: Trial, mesh: Mesh, scale: float = 1.0, *, is_compiled: bool
     loss = backward(build_passes(chunks, mesh, trial.precision), _batches(mesh), mesh, scale)
     finish_gradients(chunks, trial.entries, mesh)
     is_sharded = trial.parallel.use_distributed_optimizer
-    norm = clip_gradients(chunks, trial.entries, mesh, limit=0.0, sharded=is_sharded, loss_scale=scale)
+    norm = gradient_norm(chunks, trial.entries, mesh, sharded=is_sharded, loss_scale=scale)
     parameters = named_parameters(chunks).values()
     dtypes = {tensor.dtype for parameter in parameters for tensor in (parameter, parameter.grad)}
-    pieces = pieces_of(chunks, mesh, lambda parameter: parameter.grad)
+    pieces = pieces_of(chunks, mesh, lambda parameter: parameter.grad / scale)
     return Gradients(float(loss), float(norm), pieces, router_fields(chunks, mesh), dtypes)
 
 

@@ -16,7 +16,7 @@ from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.mesh import single_process
 from megatron_patch.train.loss_scale import LossScale
-from megatron_patch.train.optimizer import build_optimizer
+from megatron_patch.train.optimizer import build_optimizer, gradient_norm, update
 from megatron_patch.train.passes import OneStage
 from megatron_patch.train.step import StepResult, evaluate, train_step
 from megatron_patch.weights.load import RandomWeights, load_weights
@@ -69,6 +69,24 @@ def test_matrices_decay_and_norms_do_not():
     for name, parameter in model.named_parameters():
         kept = 0.95 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(("limit", "loss_scale"), [(0.1, 1.0), (0.1, 2.0**20), (1e9, 8.0), (0.0, 8.0), (1e9, 1.0)])
+def test_a_step_is_clipped_and_unscaled_as_torch_does_it_by_hand(limit, loss_scale):
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer, witness = build_optimizer(OPTIMIZER, [ours]), build_optimizer(OPTIMIZER, [theirs])
+    for seed in range(2):  # the second step shows what is left of the first's limit
+        generator = torch.Generator().manual_seed(seed)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            other.grad = torch.randn(mine.shape, generator=generator)
+            mine.grad = other.grad * loss_scale
+        norm = gradient_norm([ours], ENTRIES, MESH, sharded=False, loss_scale=loss_scale)
+        update(optimizer, norm.item(), limit=limit / (1 + seed), loss_scale=loss_scale)
+        wanted = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit / (1 + seed) or math.inf)
+        witness.step()
+        torch.testing.assert_close(norm, wanted)
+    for state, expected in zip(optimizer.state.values(), witness.state.values(), strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=0.0)
 
 
 def test_validation_weighs_every_token_the_same():
