@@ -49,7 +49,8 @@ def answers(ids, mask, labels):
         for token, segment, label in zip(*row, strict=True):
             if segment != number:
                 assert (token, label) == (0, -100)  # each record begins with BOS
-                number, _ = segment, found.append("")
+                found.append("")
+                number = segment
             assert label in (-100, token)
             found[-1] += f" {WORDS[token]}" if label != -100 else "|"
     return [[answer.strip() for answer in text.split("|") if answer] for text in found]
