@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
+BLOCKS = {
+    f"{path.parent.name if path.parent != ROOT else 'walk'}-{number}": block
+    for path in READMES
+    for number, block in enumerate(FENCE.findall(path.read_text(encoding="utf-8")))
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +26,18 @@ def checkout(tmp_path_factory):
     return link
 
 
-def test_both_languages_show_the_same_commands():
-    assert len(BLOCKS) == 5
-    assert FENCE.findall((ROOT / "README_zh-CN.md").read_text(encoding="utf-8")) == BLOCKS
+def test_every_family_has_its_readme():
+    assert [path.parent.name for path in READMES[1:]] == ["deepseek_v2", "llama", "mistral", "mixtral", "qwen1_5"]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_both_languages_show_the_same_commands(readme):
+    every_fence = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    ours, theirs = (
+        every_fence.findall(path.read_text(encoding="utf-8")) for path in (readme, readme.with_stem("README_zh-CN"))
+    )
+    assert len(ours) > 4
+    assert ours == theirs
 
 
 def plan_of(block: str, shell: str, checkout: Path) -> dict:
@@ -37,11 +51,11 @@ def plan_of(block: str, shell: str, checkout: Path) -> dict:
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash"])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_documented_command_can_be_planned(checkout, shell, block):
-    assert plan_of(block, shell, checkout)["command"]
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_documented_command_can_be_planned(checkout, shell, name):
+    assert plan_of(BLOCKS[name], shell, checkout)["command"]
 
 
 def test_the_documented_result_directory_is_the_one_that_the_run_writes(checkout):
-    fine_tuning, back = (plan_of(block, "dash", checkout) for block in BLOCKS[3:])
+    fine_tuning, back = (plan_of(block, "dash", checkout) for block in (BLOCKS["walk-3"], BLOCKS["walk-4"]))
     assert fine_tuning["output"]["checkpoint"] == back["arguments"]["SOURCE_CKPT_PATH"]
