@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.config.checks import problems
-from megatron_patch.config.flags import to_flags
+from megatron_patch.config.flags import flag, to_flags
 from megatron_patch.config.run import RunConfig
 from megatron_patch.launch import cluster
 from megatron_patch.launch.conversion_rules import vocabulary
@@ -20,8 +20,9 @@ from megatron_patch.launch.options import check_options, names, overridden, sett
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.training_run import run_config
 from megatron_patch.parallel.grid import resolve_grid, smallest_world
-from megatron_patch.plan.describe import describe
+from megatron_patch.plan.describe import cautions, describe
 from megatron_patch.plan.disk import look
+from megatron_patch.plan.machine import resolve_machine
 
 # Settings that a message names, as the user typed them.
 CAPITALS = {
@@ -42,6 +43,19 @@ CAPITALS = {
     "decoder_first_pipeline_num_layers": "MP_PP0_LAYERS",
     "recompute_num_layers": "MP_AC_LAYERS",
     "cpu_offloading_num_layers": "MP_AC_LAYERS",
+}
+# Settings besides, that an argument or a variable decides where a launcher has it.
+DECIDED = {
+    "use_distributed_optimizer": "DO",
+    "use_flash_attn": "FL",
+    "recompute_granularity": "AC",
+    "optimizer_offload_policy": "OPTIMIZER_OFFLOAD",
+    "optimizer_offload_fraction": "OPTIMIZER_OFFLOAD",
+    "dataset": "MP_DATASET_TYPE",
+    "load": "PRETRAIN_CHECKPOINT_PATH",
+    "lr_warmup_iters": "WARMUP_TOKENS_OR_ITERS",
+    "sft_packing": "MP_SFT_PACKING",
+    "upcycle": "MOE",
 }
 UNCOUNTED = ("train_iters", "lr_decay_iters", "samples", "tokens", "epochs", "save_interval")
 
@@ -64,7 +78,8 @@ def plan(request: Request) -> dict[str, Any]:
     run, uncounted = _settled(request, run, ranks.world)
     warnings = [*architecture.resolved.warnings, *_check(request, run, ranks.world, architecture.absent)]
     grid = resolve_grid(run.parallel, ranks.world)
-    sections = describe(run, architecture.resolved.family, grid)
+    machine = resolve_machine(ranks.ranks_per_node, has_accelerator=cluster.accelerators(request.environ)[0] > 0)
+    sections = describe(run, architecture.resolved.family, grid, machine, _typed(request))
     sections["parallel"]["counted"] = ranks.counted
     sections["schedule"] |= dict.fromkeys(UNCOUNTED) if uncounted else {}
     return {
@@ -78,8 +93,17 @@ def plan(request: Request) -> dict[str, Any]:
         ],
         "warnings": [
             *(*warnings, *uncounted, *_notes(request, run, architecture), *data_notes, *_without_effect(request)),
-            *_overridden_model(derived, run),
+            *(*_overridden_model(derived, run), *cautions(sections["memory"])),
         ],
+    }
+
+
+def _typed(request: Request) -> set[str]:
+    """The flags of the settings that the user gave, as options or as arguments."""
+    given = {arg.name for arg in request.table} | request.environ.keys()
+    return {
+        *names(request.options),
+        *(flag(name) for name, capital in (CAPITALS | DECIDED).items() if capital in given),
     }
 
 

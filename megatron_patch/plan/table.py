@@ -1,23 +1,41 @@
 """A plan as text for people."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 INDENT = 2
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+MOST_ROWS = 32  # of a section that has one line for each rank
 
 
 def render(plan: Mapping[str, Any]) -> str:
     """Every section of `plan`, one setting per line; then warnings and the command."""
-    sections = {name: section for name, section in plan.items() if isinstance(section, Mapping) and section}
-    width = max(len(key) for section in sections.values() for key in section)
+    settings = [section for section in plan.values() if isinstance(section, Mapping) and section]
+    width = max((len(key) for section in settings for key in section), default=0)
     lines = []
-    for name, section in sections.items():
-        shown = in_units if name == "memory" else _plain
-        lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
+    for name, section in plan.items():
+        if isinstance(section, Mapping) and section:
+            shown = _memory if name == "memory" else _plain
+            lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
+        elif isinstance(section, list) and section and isinstance(section[0], Mapping):
+            lines += [name, *(" " * INDENT + line for line in _rows(section))]
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
+
+
+def _rows(section: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table with a column for each key, as long as people read."""
+    cells = [list(section[0]), *([_plain(value) for value in row.values()] for row in section[:MOST_ROWS])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    left = len(section) - MOST_ROWS
+    return lines + ([f"and {left} more"] if left > 0 else [])
+
+
+def _memory(value: Any) -> str:
+    is_bytes = isinstance(value, int) and not isinstance(value, bool)
+    return in_units(value) if is_bytes else _plain(value)
 
 
 def _plain(value: Any) -> str:
@@ -25,7 +43,7 @@ def _plain(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
 

@@ -3,28 +3,11 @@
 import resource
 import sys
 import time
-from types import MappingProxyType
 
 import torch
 
-# Dense bf16 matrix products per second, from the makers' data sheets (without sparsity).
-KNOWN_PEAKS = MappingProxyType(
-    {
-        "A100": 312e12,
-        "A800": 312e12,
-        "H100 PCIe": 756e12,
-        "H100": 989e12,
-        "H800": 989e12,
-        "H200": 989e12,
-        "H20": 148e12,
-        "B200": 2250e12,
-        "L40S": 362e12,
-        "A10": 125e12,
-        "V100": 125e12,
-        "MI250X": 383e12,
-        "MI300X": 1307e12,
-    }
-)
+from megatron_patch.plan.machine import known_peak
+
 SIDE, ROUNDS = 1024, 4
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -35,10 +18,9 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     Known is what the maker says of bf16 products; what is in no table, as a CPU, is timed on float32 products.
     """
     if device.type != "cpu":
-        name = torch.get_device_module(device).get_device_name(device)
-        for part in sorted(KNOWN_PEAKS, key=len, reverse=True):
-            if part in name:
-                return KNOWN_PEAKS[part], "known"
+        known = known_peak(torch.get_device_module(device).get_device_name(device))
+        if known is not None:
+            return known, "known"
     return _measured(device), "measured"
 
 

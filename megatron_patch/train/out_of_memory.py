@@ -25,8 +25,8 @@ def out_of_memory(error: Exception, run: RunConfig, grid: Grid) -> str:
     """One sentence: what could not be had, the plan's estimate by part, and which arguments to change."""
     entries, device = manifest(ALL[run.family], run.model), torch.accelerator.current_accelerator()
     run = replace(run, memory=resolve_offload(run, entries, grid, device or torch.device("cpu")))
-    parts = memory(run, entries, grid)
-    estimate = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
+    parts = memory(run, entries, grid, on_cpu=device is None)
+    estimate = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if isinstance(size, int))
     remedies = _remedies(run, grid)
     return f"out of memory ({first_words(error)}); the plan's estimate per device: {estimate}. To need less: {remedies}"
 

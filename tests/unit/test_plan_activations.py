@@ -16,7 +16,8 @@ from megatron_patch.model.activations import is_moved
 from megatron_patch.model.build import build_model
 from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.parallel.mesh import single_process
-from megatron_patch.plan.activations import activation_bytes
+from megatron_patch.parallel.stages import resolve_stages
+from megatron_patch.plan.activations import activations
 from megatron_patch.weights.load import RandomWeights, load_weights
 
 SAMPLES, LENGTH, FP32 = 2, 128, 4
@@ -78,7 +79,9 @@ def estimate(config: ModelConfig, memory: MemoryConfig = MemoryConfig(), micro_b
         data=SimpleNamespace(dataset="MMAP", seq_length=LENGTH),
     )
     grid = resolve_grid(sizes, sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size)
-    return activation_bytes(run, grid, FP32)
+    stages = resolve_stages(config.num_layers, sizes)
+    found = [activations(run, grid, FP32, stages, stage) for stage in range(len(stages))]
+    return max(stage.kept + stage.logits for stage in found)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""What to change when a run does not fit its devices, and how much memory each change would leave it needing."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_patch.config.checks import problems
+from megatron_patch.config.run import RunConfig
+from megatron_patch.families.manifest import Entry
+from megatron_patch.parallel.grid import Grid, resolve_grid
+from megatron_patch.plan.memory import memory
+from megatron_patch.plan.table import in_units
+
+USABLE = 0.9  # of a device's memory: the rest is for kernels, communication and fragments
+SHARES = (0.25, 0.5, 0.75, 1.0)
+Change = tuple[str, RunConfig]
+
+
+def advice(run: RunConfig, entries: list[Entry], grid: Grid, available: int, *, on_cpu: bool) -> list[str]:
+    """Changes with the memory that the run would then need, those that fit first, the smallest first.
+
+    Of one kind of change the least that fits is named, or the most there is. Two at once where none alone is enough.
+    """
+    alone = list(_measured(_changes(run, on_cpu=on_cpu), entries, grid.world, available, on_cpu))
+    if any(needed <= available for _, needed in alone):
+        return _sentences(alone, available)
+    pairs = [
+        (f"{first} and {second}", twice)
+        for first, once in _changes(run, on_cpu=on_cpu)
+        for second, twice in _changes(once, on_cpu=on_cpu)
+        if first.split("=")[0] < second.split("=")[0]
+    ]
+    together = [one for one in _measured(iter(pairs), entries, grid.world, available, on_cpu) if one[1] <= available]
+    return _sentences(together[:1] + alone, available)
+
+
+def _changes(run: RunConfig, *, on_cpu: bool) -> Iterator[Change]:
+    """What costs least first."""
+    parallel, kept = run.parallel, run.memory
+    if not parallel.use_distributed_optimizer:
+        yield "DO=true", replace(run, parallel=replace(parallel, use_distributed_optimizer=True))
+    if kept.recompute_granularity == "none" and run.model.is_mla:
+        yield "AC=sel", replace(run, memory=replace(kept, recompute_granularity="selective"))
+    size = run.micro_batch_size // 2
+    while size:
+        yield f"BATCH_SIZE={size}", replace(run, micro_batch_size=size)
+        size //= 2
+    if kept.recompute_granularity != "full":
+        full = replace(kept, recompute_granularity="full", cpu_offloading_num_layers=0)
+        yield "AC=full", replace(run, memory=full)
+    if kept.optimizer_offload_policy == "none" and not on_cpu:
+        for share in SHARES:
+            static = replace(kept, optimizer_offload_policy="static", optimizer_offload_fraction=share)
+            yield f"OPTIMIZER_OFFLOAD={share:g}", replace(run, memory=static)
+    for factor in (2, 4, 8):
+        tp = parallel.tensor_model_parallel_size * factor
+        yield f"TP={tp}", replace(run, parallel=replace(parallel, tensor_model_parallel_size=tp))
+
+
+def _measured(
+    changes: Iterator[Change], entries: list[Entry], world: int, available: int, on_cpu: bool
+) -> Iterator[tuple[str, int]]:
+    """Of each kind of change that breaks no rule, the first that fits, or the last."""
+    found: dict[str, tuple[str, int]] = {}
+    for text, run in changes:
+        kind = " ".join(part.split("=")[0] for part in text.split(" and "))
+        if (kind in found and found[kind][1] <= available) or problems(run, world):
+            continue
+        found[kind] = text, int(memory(run, entries, resolve_grid(run.parallel, world), on_cpu=on_cpu)["total"])
+    yield from found.values()
+
+
+def _sentences(changes: list[tuple[str, int]], available: int) -> list[str]:
+    ordered = sorted(changes, key=lambda change: change[1] > available)
+    return [f"{text}: {in_units(needed)}{'' if needed <= available else ', not enough'}" for text, needed in ordered]
