@@ -1,14 +1,11 @@
 """PyTorch's elastic agent (rendezvous, restarts) around our own processes: when it ends them, and what it says then."""
 
-import json
 import os
 import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
 
 import torch.distributed as dist
 import torch.distributed.elastic.rendezvous.registry as rendezvous
@@ -22,6 +19,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 
+from megatron_patch.train.nodes import Nodes
 from megatron_patch.train.ranks import Ranks
 from megatron_patch.train.report import Verdict, first_words, unanswered, verdict
 
@@ -72,6 +70,7 @@ class Agent(SimpleElasticAgent):
     def __init__(self, spec: WorkerSpec, ranks: Ranks, say: Callable[[str], None]) -> None:
         super().__init__(spec)
         self.ranks, self.say = ranks, say
+        self.nodes: Nodes | None = None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         spec = worker_group.spec
@@ -91,6 +90,9 @@ class Agent(SimpleElasticAgent):
         for worker in worker_group.workers:
             own = {"RANK": worker.global_rank, "LOCAL_RANK": worker.local_rank, "WORLD_SIZE": worker.world_size}
             environments[worker.global_rank] = {name: str(value) for name, value in (shared | own).items()}
+        numbers = (worker_group.group_rank, worker_group.group_world_size)
+        common = dist.PrefixStore(f"start_{self._remaining_restarts}", self._store)
+        self.nodes = Nodes(common, *numbers, list(environments))
         self.ranks.start([spec.entrypoint, *spec.args], environments)
         return {worker.local_rank: self.ranks.processes[worker.global_rank].pid for worker in worker_group.workers}
 
@@ -99,7 +101,7 @@ class Agent(SimpleElasticAgent):
         if not any(statuses.values()):
             done = None not in statuses.values()
             state = WorkerState.SUCCEEDED if done else WorkerState.HEALTHY
-            if not done and (fault := self._fault_elsewhere()):
+            if not done and (fault := self.nodes.fault()):
                 self._follow(fault)
                 return RunResult(WorkerState.FAILED, failures=self._failures(worker_group))
             return RunResult(state, return_values=dict.fromkeys(statuses) if done else {})
@@ -112,6 +114,8 @@ class Agent(SimpleElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup, is_restart: bool = False) -> None:
         self.ranks.end()
+        if self.nodes:
+            self.nodes.close()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self.ranks.end()
@@ -121,44 +125,13 @@ class Agent(SimpleElasticAgent):
         silent = self.ranks.places(self.ranks.settle(LAST_WORDS_SECONDS))
         found = verdict(self.ranks.endings(), silent)
         self.ranks.end()
-        if found.is_vague and (fault := self._fault_elsewhere(LAST_WORDS_SECONDS)):
+        if found.is_vague and (fault := self.nodes.fault(LAST_WORDS_SECONDS)):
             self._follow(fault)
             return
         if found.traceback:
             print(found.traceback, file=sys.stderr)
-        self.say(found.sentence)
-        self._tell(found)
-
-    @property
-    def _fault(self) -> str:
-        """Where the agents' common store has the first fault of this start."""
-        return f"fault_{self._remaining_restarts}"
-
-    def _tell(self, found: Verdict) -> None:
-        """Let the agents of other nodes end their ranks too, and wait until they know: the store may be ours."""
-        others = self._worker_group.group_world_size - 1
-        if not others:
-            return
-        with suppress(dist.DistError):
-            self._store.set(self._fault, json.dumps(asdict(found)))
-            deadline = time.monotonic() + LAST_WORDS_SECONDS
-            while self._store.add(f"{self._fault}_heard", 0) < others and time.monotonic() < deadline:
-                time.sleep(MONITOR_SECONDS)
-
-    def _fault_elsewhere(self, seconds: float = 0.0) -> Verdict | None:
-        """What the agent of another node tells within `seconds`, or that the one that has the store is gone."""
-        if self._worker_group.group_world_size == 1:
-            return None
-        deadline = time.monotonic() + seconds
-        try:
-            while not self._store.check([self._fault]):
-                if time.monotonic() >= deadline:
-                    return None
-                time.sleep(MONITOR_SECONDS)
-            self._store.add(f"{self._fault}_heard", 1)
-            return Verdict(**json.loads(self._store.get(self._fault)))
-        except dist.DistError as error:
-            return Verdict(f"the first node's agent is gone: {first_words(error)}")
+        self.say("; ".join([*(self.nodes.missing() if found.is_vague else []), found.sentence]))
+        self.nodes.tell(found, LAST_WORDS_SECONDS)
 
     def _follow(self, fault: Verdict) -> None:
         """End all ranks because of what happened elsewhere; if it is that a rank did not answer, it may be one here."""

@@ -13,7 +13,7 @@ from megatron_patch.train.signals import AGENT
 
 WHERE = signal.SIGUSR1  # asks a rank to write its stack to the pipe
 ANSWER_SECONDS = 0.5
-POLL_SECONDS = 0.02
+POLL_SECONDS, KILL_SECONDS = 0.02, 10.0
 
 
 class Ranks:
@@ -48,11 +48,10 @@ class Ranks:
             process.send_signal(signal.SIGTERM)  # nothing is sent to a process that ended
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs, and wait until it has ended; not for long: a disk can hold a killed process up."""
         for process in list(self.processes.values()):
             process.kill()
-        for process in list(self.processes.values()):
-            process.wait()
+        self.settle(KILL_SECONDS)
 
     def statuses(self) -> dict[int, int | None]:
         """Exit status by rank; None while it runs."""

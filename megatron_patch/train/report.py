@@ -70,7 +70,7 @@ def verdict(endings: Iterable[Ending], silent: Mapping[int, str]) -> Verdict:
     endings = sorted(endings, key=lambda ending: (_blame(ending), ending.rank))
     cause = endings[0]
     ranks = [ending.rank for ending in endings if _words(ending) == _words(cause)]
-    said = f"{_numbers(ranks)}{_words(cause, many=len(ranks) > 1)}"
+    said = f"{numbered(ranks)}{_words(cause, many=len(ranks) > 1)}"
     is_consequence = _blame(cause) >= ABORTED
     if is_consequence and silent:
         said = f"{unanswered(silent)}; {said}"
@@ -99,7 +99,8 @@ def _words(ending: Ending, *, many: bool = False) -> str:
     return f" {'were' if many else 'was'} killed by {signal.Signals(-ending.status).name}{hint}"
 
 
-def _numbers(ranks: list[int]) -> str:
+def numbered(ranks: list[int]) -> str:
+    """`rank 1`, or `ranks 0, 2`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, sorted(ranks)))}"
