@@ -122,6 +122,13 @@ def test_two_ranks_speak_once_and_the_end_of_the_input_ends_their_conversation(t
     folder = terminals["Ctrl-C on two"].output.parent
     how = ["--task", "greedy", "chat", "--prompt", "w5 w6", "--max-new-tokens", "4"]
     sizes = {"TP": "1", "PP": "2", "GPUS_PER_NODE": "2", "CHECKPOINT": "model", "TOKENIZER_MODEL": "model"}
-    status, out, err = through_shell("sh", SCRIPT, how, folder, OMP_NUM_THREADS="1", **sizes)
-    assert status == 0, err
-    assert out.count("You: w5 w6\nAnswer: w") == 1 and out.endswith("begins anew)\nYou: \n")
+    found = subprocess.run(
+        ["sh", str(SCRIPT), *how],
+        cwd=folder,
+        env=clean_environment(OMP_NUM_THREADS="1", **sizes),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("You: w5 w6\nAnswer: w") == 1 and found.stdout.endswith("begins anew)\nYou: \n")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from beside_transformers import peer
+from conversions import run
 from speaking import write_speaker
 
 from megatron_patch.inference.decoding import Decoding
@@ -160,6 +161,16 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path, how, sentence):
     peer("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=sentence):
         open_engine(tmp_path, **how)
+
+
+@pytest.mark.parametrize(
+    "words", [("mcore", "--tp", 2, "--pp", 2), ("dcp",), ("torch_dist",), ("modellink", "--tp", 2)]
+)
+def test_any_format_and_layout_answers_alike(tmp_path, tokenizer_directory, words):
+    source = write_speaker(tmp_path / "hf", tokenizer_directory)
+    assert run(source, tmp_path / "other", "--format", *words) == 0
+    wanted, found = (open_engine(place).generate(PROMPTS, GREEDY) for place in (source, tmp_path / "other"))
+    assert [(one.tokens, one.text) for one in found] == [(one.tokens, one.text) for one in wanted]
 
 
 def test_bfloat16_answers_but_routes_in_float32(tmp_path):
