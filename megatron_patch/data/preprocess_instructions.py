@@ -127,7 +127,10 @@ def _tokenised(
 ) -> Iterator[Tokenised]:
     renderer = _renderer(handler, recipe, tokenizer)
     eos = tokenizer.eos_token_id
-    for ids, learned in encoded(_rendered(files, handler, renderer, left_out), tokenizer, renderer):
+    is_ended = renderer.adds_special_tokens and tokenizer("a").input_ids[-1] == eos
+    for record in encoded(_rendered(files, handler, renderer, left_out), tokenizer, renderer):
+        # An EOS that the tokenizer adds to every text would be a second one, and not learned.
+        ids, learned = (part[:-1] for part in record) if is_ended else record
         if recipe.append_eod and ids[-1:] != eos:
             yield Tokenised(np.append(ids, np.int32(eos)), np.append(learned, True))
         else:

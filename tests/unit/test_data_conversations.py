@@ -22,7 +22,7 @@ CHATML = (
 )
 TALK = [("one?", "first"), ("[/INST] two", "second [/INST] and [INST] third </s> end"), ("three\n", "")]
 MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-ENDS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>"}
+ENDS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>", "modellink": "\n</s>"}
 
 
 @pytest.fixture

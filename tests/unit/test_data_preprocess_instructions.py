@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_patch.data.index_header import check_instruction_files, instruction_prefixes, read_header
 from megatron_patch.data.indexed import IndexedDataset
+from megatron_patch.data.instruction_index import InstructionFiles
 from megatron_patch.data.preprocess_instructions import main
-from megatron_patch.data.tokenizer import load_tokenizer
+from megatron_patch.data.tokenizer import check_datasets, load_tokenizer
 
 # Structure of ModelLink's training prompt, spelled out.
 SYSTEM = (
@@ -90,6 +92,38 @@ def test_the_tokenizers_own_template_is_the_style_handlers(build, tokenizer_dire
     record = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     prefix, _ = build([record], handler="SharegptStyleInstructionHandler")
     assert "### Instruction:\nq" in tokenizer.decode(samples(prefix)[0][0])  # this tokenizer has none
+
+
+@pytest.mark.parametrize("has_eod", [True, False])
+def test_an_end_that_the_tokenizer_adds_itself_is_not_a_second_one(has_eod, build, tokenizer, tmp_path):
+    around = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    tokenizer.save_pretrained(tmp_path / "ending")
+    assert load_tokenizer(tmp_path / "ending")("a</s>").input_ids[-2:] == [tokenizer.eos_token_id] * 2
+    options = ["--append-eod"] * has_eod
+    prefix, _ = build(RECORDS, *options, "--tokenizer-model", str(tmp_path / "ending"))
+    ended = samples(prefix)
+    assert ended == samples(build(RECORDS, *options)[0])
+    assert all((labels[-1] == tokenizer.eos_token_id) == has_eod for *_, labels in ended)
+
+
+def test_a_run_holds_the_files_against_its_tokenizer(build, tokenizer):
+    prefix, _ = build(RECORDS)
+    assert check_datasets((prefix,), tokenizer) == []
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="was made with the tokenizer"):
+        check_datasets((prefix,), tokenizer)
+    Path(f"{instruction_prefixes(prefix)[0]}.json").unlink()
+    assert "cannot be verified" in check_datasets((prefix,), tokenizer)[0]
+
+
+def test_packed_conversations_are_not_cut_where_an_answer_ends(build, tokenizer):
+    record = {"instruction": "Human:one\nAssistant:two\nHuman:three\nAssistant:", "output": "four"}
+    prefix, _ = build([record], "--append-eod", handler="BelleMultiTurnInstructionHandler")
+    order, more = np.arange(1), {"seq_length": 512, "pad": 0, "eos": tokenizer.eos_token_id, "is_packed": True}
+    assert InstructionFiles(prefix, order, **more)[0].starts is None
+    Path(f"{instruction_prefixes(prefix)[0]}.json").unlink()  # a file of another program's, which does not say
+    assert len(set(InstructionFiles(prefix, order, **more)[0].starts.tolist())) == 2
 
 
 def test_long_records_are_counted_and_left_out(build, tokenizer):
