@@ -5,11 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# A block of the order is cut into lanes that advance side by side, one numpy call for a step of all of them.
-LANES = 4096
-LANE_LENGTH = 2048
-# A lane starts this many steps early from a guess. Neighbouring guesses meet within a few dozen steps.
-LEAD = 256
+# A block of the order is cut into lanes that advance side by side, some numpy calls for a step of all of them. Counts
+# of all lanes stay in a processor's cache, and are no power of two, where rows would be in each other's way.
+LANES = 4000
+COUNTS = 80_000
+LANE_LENGTH = 4096
+# A lane starts so many steps early from a guess, and is no shorter: neighbouring guesses meet within a few dozen steps,
+# later where there are many datasets.
+LEAD = 64
+LEAD_PER_DATASET = 4
 
 
 def blend_indices(weights: Sequence[float], size: int) -> tuple[npt.NDArray, npt.NDArray]:
@@ -21,65 +25,77 @@ def blend_indices(weights: Sequence[float], size: int) -> tuple[npt.NDArray, npt
     A lane is what the loop over all steps would give if it starts where its predecessor ends, and that is checked:
     lanes whose guess was wrong are run again from there, until all fit. Guesses decide the time, never the result.
     """
-    weights = np.asarray(weights, np.float64)
-    dataset_index = np.empty(size, np.int16)
-    sample_index = np.empty(size, np.uint32 if size < 2**32 else np.int64)
-    given = np.zeros(len(weights))
-    for first in range(0, size, LANES * LANE_LENGTH):
-        count = min(LANES * LANE_LENGTH, size - first)
-        chosen = _block(weights, first, given, count)
-        drawn = np.bincount(chosen, minlength=len(weights))
-        dataset_index[first : first + count] = chosen
-        sample_index[first : first + count] = _numbers(chosen, drawn, given)
-        given += drawn
-    return dataset_index, sample_index
+    column = np.asarray(weights, np.float64)[:, None]
+    lead = max(LEAD, LEAD_PER_DATASET * len(column))
+    lanes = max(1, min(LANES, COUNTS // len(column)))
+    length = max(lead, min(LANE_LENGTH, -(-size // lanes)), 1)
+    dataset_index = np.empty(size + length, np.int16)  # the last lane goes on to its end
+    sample_index = np.empty(size + length, np.uint32 if size < 2**32 else np.int64)
+    given = np.zeros(column.shape)
+    for first in range(0, size, lanes * length):
+        steps = np.arange(first, min(first + lanes * length, size), length, dtype=np.float64)
+        block = slice(first, first + len(steps) * length)
+        numbers = np.empty((length, len(steps)), sample_index.dtype)
+        ranks, given = _block(column, steps, given, numbers, lead)
+        np.subtract(len(column), ranks.T, out=dataset_index[block].reshape(-1, length), dtype=np.int16)
+        sample_index[block].reshape(-1, length)[:] = numbers.T
+    return dataset_index[:size], sample_index[:size]
 
 
-def _block(weights: npt.NDArray, first: int, given: npt.NDArray, count: int) -> npt.NDArray:
-    """The datasets of steps `first` to `first + count`, before which `given` [datasets] samples were drawn."""
-    length = min(LANE_LENGTH, count)
-    steps = np.arange(first, first + count, length)
-    before = np.empty((len(steps), len(weights)))
-    before[0] = given
-    if len(steps) > 1:
-        before[1:] = _guess(weights, steps[1:] - LEAD)
-        _advance(weights, steps[1:] - LEAD, before[1:], LEAD)
-    after = before.copy()
-    chosen = _advance(weights, steps, after, length)
-    while (unfit := 1 + np.flatnonzero((after[:-1] != before[1:]).any(axis=1))).size:
-        before[unfit] = after[unfit - 1]
-        again = before[unfit]
-        chosen[:, unfit] = _advance(weights, steps[unfit], again, length)
-        after[unfit] = again
-    return chosen.T.reshape(-1)[:count]
+def _block(
+    weights: npt.NDArray, steps: npt.NDArray, given: npt.NDArray, numbers: npt.NDArray, lead: int
+) -> tuple[npt.NDArray, npt.NDArray]:
+    """The ranks [length, lanes] chosen from `steps` [lanes] on, and what each dataset has given after them.
+
+    `given` [datasets, 1] came before. Fills `numbers` [length, lanes].
+    """
+    before = np.concatenate([given, _guess(weights, steps[1:] - lead)], axis=1)
+    _, before[:, 1:] = _advance(weights, steps[1:] - lead, before[:, 1:], numbers[:lead, 1:])
+    ranks, after = _advance(weights, steps, before, numbers)
+    while (unfit := 1 + np.flatnonzero((after[:, :-1] != before[:, 1:]).any(axis=0))).size:
+        before[:, unfit] = after[:, unfit - 1]
+        again = np.empty((len(numbers), len(unfit)), numbers.dtype)
+        ranks[:, unfit], after[:, unfit] = _advance(weights, steps[unfit], before[:, unfit], again)
+        numbers[:, unfit] = again
+    return ranks, after[:, -1:]
 
 
-def _advance(weights: npt.NDArray, steps: npt.NDArray, given: npt.NDArray, length: int) -> npt.NDArray:
-    """The choices int16 [length, lanes] of lanes at `steps` [lanes]; `given` [lanes, datasets] is counted on."""
-    chosen = np.empty((length, len(steps)), np.int16)
-    lag, lanes, now = np.empty_like(given), np.arange(len(steps)), steps.astype(np.float64)
-    for row in chosen:
-        np.multiply.outer(np.maximum(now, 1), weights, out=lag)
-        lag -= given
-        furthest = lag.argmax(axis=1)
-        given[lanes, furthest] += 1
-        row[:] = furthest
-        now += 1
-    return chosen
+def _advance(
+    weights: npt.NDArray, steps: npt.NDArray, given: npt.NDArray, numbers: npt.NDArray
+) -> tuple[npt.NDArray, npt.NDArray]:
+    """What lanes at `steps` [lanes] choose, as many times as `numbers` [length, lanes] has rows, and `given` after it.
+
+    Chosen datasets are told by their rank, which is 1 for the last and the highest for the first: of several that are
+    equally far behind, the highest is the first. `numbers` becomes how many samples each had given before.
+    """
+    given, now = np.array(given, order="C"), np.maximum(steps, 1)
+    (datasets, lanes), kind = given.shape, np.min_scalar_type(len(given))
+    rank = np.arange(datasets, 0, -1, dtype=kind)[:, None]
+    ranks, lane, flat = np.empty(numbers.shape, kind), np.arange(lanes), given.reshape(-1)
+    row = (datasets - np.arange(datasets + 1)) * lanes  # where the counts of each rank begin
+    lag, is_furthest, ranked = np.empty(given.shape), np.empty(given.shape, bool), np.empty(given.shape, kind)
+    furthest, at, drawn = np.empty(lanes), np.empty(lanes, np.intp), np.empty(lanes)
+    for step, (chosen, number) in enumerate(zip(ranks, numbers, strict=True), 1):
+        np.multiply(weights, now, out=lag)
+        np.subtract(lag, given, out=lag)
+        np.maximum.reduce(lag, axis=0, out=furthest)
+        np.equal(lag, furthest, out=is_furthest)
+        np.multiply(is_furthest.view(np.uint8), rank, out=ranked)
+        np.maximum.reduce(ranked, axis=0, out=chosen)
+        row.take(chosen, out=at, mode="clip")  # the faster way; nothing is out of bounds
+        np.add(at, lane, out=at)
+        flat.take(at, out=drawn, mode="clip")
+        number[:] = drawn
+        np.add(drawn, 1, out=drawn)
+        flat[at] = drawn
+        np.add(steps, step, out=now)
+    return ranks, given
 
 
 def _guess(weights: npt.NDArray, steps: npt.NDArray) -> npt.NDArray:
     """About how many samples each dataset has given before `steps`: shares rounded so that they sum to the step."""
-    shares = np.multiply.outer(steps.astype(np.float64), weights)
+    shares = weights * steps
     whole = np.floor(shares)
-    missing = steps - whole.sum(axis=1)
-    rank = np.argsort(np.argsort(whole - shares, axis=1, kind="stable"), axis=1)
-    return whole + (rank < missing[:, None])
-
-
-def _numbers(chosen: npt.NDArray, drawn: npt.NDArray, given: npt.NDArray) -> npt.NDArray:
-    """How many samples of the same dataset come before each one of a block."""
-    numbers = np.empty(len(chosen), np.int64)
-    skipped = given.astype(np.int64) - (np.cumsum(drawn) - drawn)
-    numbers[np.argsort(chosen, kind="stable")] = np.arange(len(chosen)) + np.repeat(skipped, drawn)
-    return numbers
+    missing = steps - whole.sum(axis=0)
+    rank = np.argsort(np.argsort(whole - shares, axis=0, kind="stable"), axis=0)
+    return whole + (rank < missing)
