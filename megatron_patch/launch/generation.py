@@ -48,7 +48,7 @@ def plan(request: Request) -> dict[str, Any]:
     agent = ("-m", "megatron_patch.train.agent", *ranks.options) if ranks.world > 1 else ()
     return {
         "arguments": request.arguments(),
-        "output": {},
+        "output": {"answers": "standard output"},
         "parallel": {"world": ranks.world, "tp": v["TP"], "pp": v["PP"], "ep": v["EP"], "counted": ranks.counted},
         "environment": cluster.threads(request.environ, ranks),
         "command": [sys.executable, *agent, *generator],
