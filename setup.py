@@ -24,6 +24,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch", "megatron_patch.*"]),
     install_requires=lines(needed),
-    # Float8 training and faster attention kernels on GPUs, each used where it is found.
-    extras_require={"test": lines(for_tests), "fp8": ["torchao>=0.13"], "gpu": ["flash-attn>=2.7"]},
+    # Float8 training, faster attention kernels on GPUs and .zst files, each used where it is found.
+    extras_require={
+        "test": lines(for_tests),
+        "fp8": ["torchao>=0.13"],
+        "gpu": ["flash-attn>=2.7"],
+        "zst": ["zstandard>=0.23"],
+    },
 )
