@@ -1,0 +1,1 @@
+"""What this machine has for every command, what it lacks, and what the lack costs. It leaves nothing behind."""
