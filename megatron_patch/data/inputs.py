@@ -264,12 +264,32 @@ def _columns(path: Path, keys: Sequence[str] | None) -> Iterator[Rows]:
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r} among {', '.join(names)}; name others with --json-keys")
     for table in tables:
-        records = table.to_pylist() if keys is None else table.select(list(keys)).to_pylist()
-        if keys is None:
-            records = [{key: value for key, value in record.items() if value is not None} for record in records]
-        rows = [Row(f"{path}, row {number + k}", record) for k, record in enumerate(records, 1)]
-        number += len(records)
+        wanted = table if keys is None else table.select(list(keys))
+        rows = list(_row_by_row(wanted, path, number, keeps_empty=keys is not None))
+        number += len(rows)
         yield Rows(rows, 0, size * number // max(total or number, 1))
+
+
+def _row_by_row(table: Any, path: Path, before: int, *, keeps_empty: bool) -> Iterator[Row]:
+    try:
+        records = table.to_pylist()
+    except UnicodeDecodeError:  # which row it is, the package does not say
+        records = [_one(table, number) for number in range(table.num_rows)]
+    for number, record in enumerate(records, before + 1):
+        place = f"{path}, row {number}"
+        if record is None:
+            yield Row(place, None, f"{place}: its text is not UTF-8")
+        elif keeps_empty:
+            yield Row(place, record)
+        else:
+            yield Row(place, {key: value for key, value in record.items() if value is not None})
+
+
+def _one(table: Any, number: int) -> Record | None:
+    try:
+        return table.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 def _parquet(path: Path, keys: Sequence[str] | None) -> tuple[int, list[str], Iterator[Any]]:

@@ -58,12 +58,15 @@ def is_array(file: io.BufferedReader | gzip.GzipFile) -> bool:
 
 def read_array(file: BinaryIO, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """Every value of a JSON array, read as a whole, with its place (`file, record 3`). Raises ValueError."""
+    content = file.read()
     try:
-        array = json.loads(file.read())
+        array = json.loads(content)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
+        line, column = content.count(b"\n", 0, error.start) + 1, error.start - content.rfind(b"\n", 0, error.start)
+        byte = content[error.start]
+        raise ValueError(f"{path}, line {line}, column {column}: the byte {byte:#04x} is not UTF-8") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise ValueError(f"{path}: {error}") from None
     for number, value in enumerate(array, 1):

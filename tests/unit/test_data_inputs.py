@@ -157,6 +157,31 @@ def test_columns_are_read_as_rows(kind, tmp_path, monkeypatch):
         rows(path)
 
 
+def test_a_row_of_columns_that_is_not_utf8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"one", b"\xff", b"two"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    first, bad, last = rows(tmp_path / "a.parquet")
+    assert (first.record, last.record) == ({"text": "one"}, {"text": "two"})
+    assert (bad.record, bad.problem) == (None, f"{tmp_path}/a.parquet, row 2: its text is not UTF-8")
+
+
+def test_an_array_that_is_not_utf8_is_named_by_line_and_column(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "\xc3\xbc"},\n {"text": "\xff"}]')
+    with pytest.raises(ValueError, match=r"a\.json, line 2, column 12: the byte 0xff is not UTF-8"):
+        rows(tmp_path / "a.json")
+
+
+def test_without_keys_a_row_has_every_column_that_holds_something(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": ["x", None], "b": [None, [1]]}), tmp_path / "a.parquet")
+    assert [row.record for row in rows(tmp_path / "a.parquet", None)] == [{"a": "x"}, {"b": [1]}]
+
+
 @pytest.mark.parametrize(
     ("name", "package"), [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.jsonl.zst", "zstandard")]
 )
