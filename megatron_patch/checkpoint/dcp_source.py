@@ -15,7 +15,7 @@ from megatron_patch.checkpoint.dcp_boxes import overlap
 from megatron_patch.checkpoint.distcp import Part, Stored, map_part, read_index
 from megatron_patch.checkpoint.mcore import latest_directory
 from megatron_patch.checkpoint.stream import run_in_threads
-from megatron_patch.config.checkpoint import RUN
+from megatron_patch.config.checkpoint import RUN, TRACKER, why_unreadable
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.manifest import Entry, check_complete
 
@@ -120,7 +120,9 @@ def recorded_files(directory: Path) -> dict[str, dict[str, int | str]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["files"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
+        raise ValueError(
+            f"{path} is damaged: {why_unreadable(error)}; take an earlier iteration, by its number in {TRACKER}"
+        ) from None
 
 
 def _check_files(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Where weights come from and go to."""
 
+import json
 from dataclasses import dataclass
 
 from megatron_patch.config.setting import setting
@@ -32,3 +33,14 @@ class CheckpointConfig:
     )
     resume_previous: bool = setting("where the last checkpoint is damaged, continue from the one before it", False)
     overwrite: bool = setting("replace checkpoints in the output directory that are not continued", False)
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a `run.json` whose reading raised `error`, to complete a sentence that names the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, KeyError):
+        return f"it does not say {error.args[0]!r}"
+    return "it does not hold what a run records"

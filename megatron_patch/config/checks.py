@@ -185,15 +185,22 @@ def _pipeline(run: RunConfig, world: int) -> Iterator[Rule]:
     first, layers = parallel.decoder_first_pipeline_num_layers or 0, run.model.num_layers
     stages = pp - 1 if first else pp
     share, rest = divmod(layers - first, stages)
+    is_greedy = layers >= pp and 0 < layers < first + stages
+    others = "stage" if stages == 1 else f"{stages} stages"
+    yield (
+        not is_greedy,
+        f"decoder_first_pipeline_num_layers {first} of num_layers {layers} leaves too few for the other {others} of "
+        f"pipeline_model_parallel_size {pp}; use at most {layers - stages}",
+    )
     but = f" without the {first} of decoder_first_pipeline_num_layers" if first else ""
     yield (
-        rest == 0 and share > 0,
+        is_greedy or (rest == 0 and share > 0),
         f"num_layers {layers}{but} cannot be shared equally by {stages} of the {pp} stages of "
         "pipeline_model_parallel_size",
     )
     chunks = max(share // per_chunk, 1) if per_chunk else 1
     yield (
-        rest > 0 or share < 1 or per_chunk is None or (share % per_chunk == 0 and first % chunks == 0),
+        is_greedy or rest > 0 or share < 1 or per_chunk is None or (share % per_chunk == 0 and first % chunks == 0),
         f"num_layers_per_virtual_pipeline_stage {per_chunk} does not cut the {share} layers of a stage"
         f"{f' and the {first} of the first' if first else ''} into the same number of equal chunks",
     )

@@ -18,6 +18,7 @@ from megatron_patch.plan.memory import memory
 from megatron_patch.plan.ranks import ranks
 from megatron_patch.plan.schedule import schedule
 from megatron_patch.plan.speed import speed
+from megatron_patch.plan.start import start
 from megatron_patch.plan.table import in_units
 
 UNKNOWN = Machine("unknown", None, None, is_cpu=False)
@@ -26,7 +27,8 @@ UNKNOWN = Machine("unknown", None, None, is_cpu=False)
 def describe(
     run: RunConfig, family: Family, grid: Grid, machine: Machine = UNKNOWN, typed: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Sections `model`, `parallel`, `ranks`, `schedule`, `memory` (bytes per device), `speed`, `output`, `defaults`.
+    """Sections `model`, `parallel`, `ranks`, `start`, `schedule`, `memory` (bytes per device), `speed`, `output`,
+    `defaults`.
 
     `run` has passed its checks; `typed` are the flags that the user gave. `cautions` says what to make of the memory.
     """
@@ -48,6 +50,7 @@ def describe(
             "use_distributed_optimizer": run.parallel.use_distributed_optimizer,
         },
         "ranks": ranks(run, grid),
+        "start": start(run),
         "schedule": schedule(run, grid.dp),
         "memory": _memory(run, family, grid, machine),
         "speed": speed(run, family, grid, machine),

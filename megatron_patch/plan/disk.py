@@ -1,18 +1,21 @@
 """What a run needs on disk: its datasets, start weights and tokenizer there, its output directory its own."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.data.index_header import check_instruction_files, check_sample_documents, read_header
-from megatron_patch.data.inputs import check_readable, resolve_inputs
+from megatron_patch.data.inputs import check_readable, read_rows, resolve_inputs
+from megatron_patch.data.json_lines import is_array
 from megatron_patch.data.paths import parse_blend
-from megatron_patch.data.records import resolve_names
+from megatron_patch.data.records import Names, conversation, resolve_names
 from megatron_patch.data.sidecar import check_made_for
 from megatron_patch.data.splits import parse_split, shifted_split_range, split_range
 from megatron_patch.plan.start import resolve_start
 from megatron_patch.plan.weights import check_weights
+
+LOOKED_AT, ROWS_BYTES = 16 << 20, 1 << 20  # bytes of raw records read before a run, and at once
 
 
 def look(run: RunConfig) -> tuple[list[str], list[str]]:
@@ -107,7 +110,9 @@ def check_writable(path: str | Path) -> None:
 
 def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
     if run.data.dataset == "JSON-SFT":
-        check_readable(resolve_inputs(paths))
+        files = resolve_inputs(paths)
+        check_readable(files)
+        _check_records(files, resolve_names(run.data.map_keys))
         return
     for source in parse_blend(paths):
         if run.data.is_instruction_dataset:
@@ -119,6 +124,24 @@ def _check_dataset(run: RunConfig, paths: tuple[str, ...]) -> None:
             check_sample_documents(header, run.data.seq_length)
         elif not header.tokens:
             raise ValueError(f"dataset {source.prefix!r} holds no token; preprocess again")
+
+
+def _check_records(files: Iterable[Path], names: Names) -> None:
+    """Raise ValueError for the first record that says nothing, with its place; ranks look at what is not read here."""
+    for path in files:
+        with path.open("rb") as file:
+            if path.stat().st_size > LOOKED_AT and is_array(file):
+                continue  # it can only be read as a whole
+        for rows in read_rows(path, None, ROWS_BYTES):
+            for row in rows.rows:
+                if row.record is None:
+                    raise ValueError(row.problem)
+                try:
+                    conversation(row.record, names)
+                except ValueError as error:
+                    raise ValueError(f"{row.place}: {error}") from None
+            if rows.position > LOOKED_AT:
+                break
 
 
 def _check_split(prefix: str, split: str, name: str, first: int, last: int, documents: int) -> None:

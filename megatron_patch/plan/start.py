@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.config.checkpoint import RUN, TRACKER
+from megatron_patch.config.checkpoint import RUN, TRACKER, why_unreadable
 from megatron_patch.config.run import RunConfig
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -80,6 +80,18 @@ def resolve_start(run: RunConfig) -> Start:
     if differing:
         raise ValueError(f"--resume {checkpoint.resume} is of another run:\n  " + "\n  ".join(differing))
     return Start(tuple(found), is_own=False)
+
+
+def start(run: RunConfig) -> dict[str, Any]:
+    """What the run will do first, as a section of its plan; all unknown while something stands in its way."""
+    try:
+        candidates = resolve_start(run).candidates
+    except (OSError, ValueError):  # the checks of the disk say what
+        return {"begins": None, "iterations_done": None, "weights": None}
+    if not candidates:
+        return {"begins": "anew", "iterations_done": 0, "weights": run.checkpoint.load or "random"}
+    checkpoint = candidates[0]
+    return {"begins": "where it stopped", "iterations_done": checkpoint.iteration, "weights": str(checkpoint.directory)}
 
 
 def recorded_iterations(directory: Path, *, skip_damaged: bool = False) -> list[Recorded]:
@@ -171,7 +183,9 @@ def _read(directory: Path) -> Recorded:
         _identity(found.run)
         dict(record["files"])
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; --resume-previous continues an earlier iteration") from None
+        raise ValueError(
+            f"{path} is damaged: {why_unreadable(error)}; --resume-previous continues an earlier iteration"
+        ) from None
     return found
 
 

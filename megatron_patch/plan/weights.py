@@ -4,7 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from megatron_patch.config.checkpoint import RANK_FILE, RUN, TRACKER
+from megatron_patch.config.checkpoint import RANK_FILE, RUN, TRACKER, why_unreadable
 
 DISTRIBUTED_INDEX = ".metadata"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +51,10 @@ def _check_recorded(directory: Path) -> None:
         files = json.loads((directory / RUN).read_text(encoding="utf-8"))["files"]
         lengths = {name: files[name]["bytes"] for name in files}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / RUN} is damaged: {error!r}") from None
+        raise ValueError(
+            f"{directory / RUN} is damaged: {why_unreadable(error)}; start from an earlier iteration, by its number in "
+            f"{TRACKER}"
+        ) from None
     for name, length in lengths.items():
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} does not exist, but {RUN} names it")

@@ -66,6 +66,16 @@ def test_micro_batches_are_refused_exactly_where_torch_does(chunks):
         (piped(4, 2, per_chunk=0), 2, "num_layers_per_virtual_pipeline_stage 0 must be at least 1"),
         (piped(5, 2), 2, "num_layers 5 cannot be shared equally by 2 of the 2 stages of pipeline_model_parallel_size"),
         (piped(5, 3, first=2), 3, "num_layers 5 without the 2 of decoder_first_pipeline_num_layers cannot be shared"),
+        (
+            piped(4, 2, first=4),
+            2,
+            "decoder_first_pipeline_num_layers 4 of num_layers 4 leaves too few for the other stage",
+        ),
+        (
+            piped(6, 4, first=4),
+            4,
+            "leaves too few for the other 3 stages of pipeline_model_parallel_size 4; use at",
+        ),
         (piped(6, 2, per_chunk=2), 2, "num_layers_per_virtual_pipeline_stage 2 does not cut the 3 layers of a stage"),
         (
             piped(7, 2, 2, first=3),

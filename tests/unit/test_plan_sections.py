@@ -20,7 +20,7 @@ from megatron_patch.plan.describe import describe
 from megatron_patch.plan.disk import look
 from megatron_patch.plan.memory import local_shape, memory
 from megatron_patch.plan.schedule import iterations, schedule
-from megatron_patch.plan.start import resolve_start
+from megatron_patch.plan.start import resolve_start, start
 from megatron_patch.plan.table import render
 from megatron_patch.train.optimizer import build_optimizer
 
@@ -163,14 +163,33 @@ def test_an_earlier_launch_of_the_run_is_continued_and_another_run_is_kept(tmp_p
     (iteration / "run.json").write_text(json.dumps({"iteration": 9, "files": {}, "run": asdict(ours)}))
     assert look(ours) == ([], [])
     assert resolve_start(ours).candidates[0].iteration == 9
+    assert start(ours) == {"begins": "where it stopped", "iterations_done": 9, "weights": str(iteration)}
     now, wrong = look(run(tmp_path, "--seed", "3"))
     assert (
         wrong == [] and "checkpoints of another run" in now[0] and "seed: 1234 in the recorded run, 3 in this" in now[0]
     )
-    assert look(run(tmp_path, "--seed", "3", "--overwrite")) == ([], [])
+    assert set(start(run(tmp_path, "--seed", "3")).values()) == {None}
+    anew = run(tmp_path, "--seed", "3", "--overwrite")
+    assert look(anew) == ([], [])
+    assert start(anew) == {"begins": "anew", "iterations_done": 0, "weights": f"{tmp_path}/start"}
     assert "--resume is never" in look(run(tmp_path, "--resume", "never"))[0][0]
     (iteration / "run.json").write_text("{}")
-    assert "run.json is damaged" in look(ours)[1][0]
+    assert "run.json is damaged: it does not say 'iteration'; --resume-previous continues" in look(ours)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"instruction": "a", "output": "b"}\n{"instruction"', "d, line 2, column 15: Expecting ':' delimiter"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "d, line 2: no output or content or"),
+        ('[{"instruction": "a", "output": "b"}, 3]', "d, record 2: int instead of an object"),
+    ],
+)
+def test_raw_records_that_say_nothing_are_refused_with_their_place(tmp_path, text, told):
+    prepare(tmp_path)
+    (tmp_path / "d").write_text(text)
+    now, wrong = look(run(tmp_path, "--dataset", "JSON-SFT"))
+    assert now == [] and len(wrong) == 1 and wrong[0].startswith(f"{tmp_path}/{told}")
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):
