@@ -38,7 +38,8 @@ def resolve_names(map_keys: str | None) -> Names:
     """The keys that `--map-keys` gives to parts: `{"prompt": "instruction", "query": "input", "response": "output"}`.
 
     Parts that it does not name keep their own; where it names one of a question's, no list of messages is looked for.
-    Raises ValueError for what is no JSON object of texts, for unknown parts, and for both kinds of record at once.
+    An empty query or system is none. Raises ValueError for what is no JSON object of texts, for unknown parts, and for
+    both kinds of record at once.
     """
     if map_keys is None:
         return NAMES
@@ -46,15 +47,18 @@ def resolve_names(map_keys: str | None) -> Names:
         given = json.loads(map_keys)
     except ValueError as error:
         raise ValueError(f"--map-keys {map_keys!r} is not JSON: {error}") from None
-    if not isinstance(given, dict) or not given or not all(isinstance(key, str) and key for key in given.values()):
+    if not isinstance(given, dict) or not given or not all(isinstance(key, str) for key in given.values()):
         raise ValueError(f'--map-keys {map_keys!r} is no JSON object of names such as {{"prompt": "instruction"}}')
     unknown = [part for part in given if part not in PARTS]
     if unknown:
         raise ValueError(f"--map-keys names {unknown[0]!r}, which is not one of {', '.join(PARTS)}")
+    without = [part for part in ("prompt", "response", "messages") if given.get(part) == ""]
+    if without:
+        raise ValueError(f"--map-keys names nothing for {without[0]}, without which a record is none")
     of_questions = given.keys() & {"prompt", "query", "response"}
     if of_questions and "messages" in given:
         raise ValueError(f"--map-keys names messages and {min(of_questions)}; a record has one or the other")
-    names = NAMES._replace(**{PARTS[part]: (key,) for part, key in given.items()})
+    names = NAMES._replace(**{PARTS[part]: (key,) if key else () for part, key in given.items()})
     return names._replace(lists=()) if of_questions else names
 
 

@@ -218,6 +218,7 @@ def test_a_malformed_conversation_is_explained(record, message):
     [
         ({"prompt": "q"}, {"q": "a", "instruction": "x", "output": "b", "messages": []}, (None, "a", "", "b")),
         ({"response": "r"}, {"query": "a", "input": "c", "output": "x", "r": "b"}, (None, "a", "c", "b")),
+        ({"query": "", "system": ""}, {"query": "a", "input": "x", "output": "b", "system": "x"}, (None, "a", "", "b")),
         ({"query": "about"}, {"prompt": "a", "input": "x", "answer": "b"}, (None, "a", "", "b")),
         ({"system": "s"}, {"s": "z", "system": "x", "prompt": "a", "answer": "b"}, ("z", "a", "", "b")),
         (
@@ -239,6 +240,7 @@ def test_parts_stand_under_the_keys_that_are_named(map_keys, record, expected):
         ("[1]", "is no JSON object of names"),
         ('{"prompt": 3}', "is no JSON object of names"),
         ("{}", "is no JSON object of names"),
+        ('{"query": "", "response": ""}', "names nothing for response"),
         ('{"history": "h"}', "names 'history', which is not one of prompt, query, response, system, messages"),
         ('{"messages": "m", "response": "r"}', "names messages and response"),
     ],
