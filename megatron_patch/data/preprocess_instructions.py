@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,17 +89,28 @@ def preprocess(
             why = f" ({counted(left_out.counts)} left out)" if left_out.counts else ""
             raise ValueError(f"{files[0]} holds no record to make a sample of{why}; nothing was written")
         report = Report(names, *(counts[name] for name in Report._fields[1:]))
-        sources = [describe_source(path) for path in files]
+        told = _description(report, files, tokenizer, dtype, recipe, left_out)
         for builder, field in zip(builders, INSTRUCTION_FIELDS, strict=False):
-            made = recipe._asdict() | {"field": field, "segment_marks": True, "records": report.records}
-            totals = {"documents": report.samples, "tokens": report.tokens, "longest": report.longest}
-            kind, skipped = "text" if handler.is_text else "instructions", dict(sorted(left_out.counts.items()))
-            builder.complete(describe(identity(tokenizer), dtype, totals, sources, kind=kind, **made, skipped=skipped))
+            of_field = {} if handler.is_text else {"kind": "instructions", "field": field, "segment_marks": True}
+            builder.complete(told | of_field)
         for name in names:  # rather none of them than new ones beside old ones
             Path(f"{name}.idx").unlink(missing_ok=True)
         for builder in builders:
             builder.publish()
     return report
+
+
+def _description(
+    report: Report,
+    files: Iterable[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: str,
+    recipe: Recipe,
+    left_out: LeftOut,
+) -> dict[str, Any]:
+    totals = {"documents": report.samples, "tokens": report.tokens, "longest": report.longest}
+    made = recipe._asdict() | {"records": report.records, "skipped": dict(sorted(left_out.counts.items()))}
+    return describe(identity(tokenizer), dtype, totals, map(describe_source, files), **made)
 
 
 def _check(recipe: Recipe, handler: Handler, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.config.flags import from_flags
-from megatron_patch.data import preprocess_instructions
+from megatron_patch.data import handlers, preprocess_instructions
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.launch.dataset_tables import HANDLERS, PRETRAIN_HANDLER
 
@@ -134,6 +134,10 @@ def test_every_handler_is_planned_as_a_command_that_it_takes(planned, name):
         f"packed_{field}_document": f"o_packed_{field}_document" for field in ("input_ids", "attention_mask", "labels")
     }
     assert plan["output"] == (text if "Pretrain" in name else packed)
+
+
+def test_the_table_has_every_handler():
+    assert set(HANDLERS) == {PRETRAIN_HANDLER, *handlers.HANDLERS}
 
 
 def test_everything_about_instructions_reaches_the_command(planned):
