@@ -122,8 +122,8 @@ def test_options_override_derived_flags(planned):
 
 def test_a_blend_and_one_prefix_with_a_space_are_told_apart(planned, tmp_path):
     prefix = tmp_path / "my corpus"
-    prefix.with_suffix(".idx").write_bytes(b"MMIDIDX\x00\x00" + bytes([1] + [0] * 7 + [8] + [0] * 8 + [1] + [0] * 15))
-    prefix.with_suffix(".bin").write_bytes(b"")
+    with IndexedDatasetBuilder(prefix, "uint16") as builder:
+        builder.add(np.zeros(400), [4] * 100, [1] * 100)
     blend = f"0.3 '{prefix}' 0.7 /b"
     run = flags(planned("mistral", changed(PRETRAINING, DATASET_PATH=str(prefix), VALID_DATASET_PATH=blend)))
     assert run.data.train_data_path == (str(prefix),)
