@@ -13,6 +13,7 @@ from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.config.checks import check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
+from megatron_patch.data.json_lines import check_object
 from megatron_patch.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
@@ -21,7 +22,7 @@ from megatron_patch.inference.beam import search_beams
 from megatron_patch.inference.decoding import Completion, Decoding
 from megatron_patch.inference.forward import Forward
 from megatron_patch.inference.rows import OnToken, write_rows
-from megatron_patch.inference.scoring import score
+from megatron_patch.inference.scoring import Row, score
 from megatron_patch.inference.text import decode, holds_stop
 from megatron_patch.model.build import DTYPES
 from megatron_patch.model.decoder import GPTModel
@@ -68,10 +69,10 @@ class Engine:
         mine = range(self.mesh.dp.rank, len(prompts), self.mesh.dp.size)
         share = [list(prompts[place]) for place in mine]
         numbers = [place * options.num_return_sequences for place in mine]
-        if not share and not self.forward.is_in_step:
-            return self._shared([], len(prompts))
         work = (self.forward, share or [[0]], numbers or [0], options)  # a rank without a prompt keeps others company
-        if options.num_beams > 1:
+        if not share and not self.forward.is_in_step:
+            found = []
+        elif options.num_beams > 1:
             searches = search_beams(*work, stop_ids, ends)
             found = [self._beams(search, options) for search in searches]
         else:
@@ -99,15 +100,16 @@ class Engine:
                     f"a context has {len(context)} tokens and its continuation {len(continuation)}; each needs one, "
                     f"and a continuation may have {longest}"
                 )
-        by_length = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
-        batches = [by_length[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
+        shared = _shared_contexts(pairs, longest)
+        rows = sorted(shared, key=lambda row: -len(row.tokens))
+        batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         mine = batches[self.mesh.dp.rank :: self.mesh.dp.size]
         passes = -(-len(batches) // self.mesh.dp.size) if self.forward.is_in_step else len(mine)
         found = {}
         for number in range(passes):
-            places = mine[number] if number < len(mine) else []
-            batch = [_cut(*pairs[place], longest) for place in places] or [([0, 0], 1)]
-            found |= dict(zip(places, score(self.forward, batch), strict=False))
+            batch = mine[number] if number < len(mine) else []
+            places = [place for row in batch for place in shared[row]]
+            found |= dict(zip(places, score(self.forward, batch or [Row((0,), 0, (0,))]), strict=False))
         for other in self._gathered(found):
             found |= other
         return [found[place] for place in range(len(pairs))]
@@ -233,8 +235,7 @@ def _stop_ids(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
     """The EOS of generation_config.json, else of config.json, and the tokenizer's."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        path = checkpoint / name
-        told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        told = _read_object(checkpoint / name).get("eos_token_id")
         if told is not None:
             found = told if isinstance(told, list) else [told]
             break
@@ -242,6 +243,22 @@ def _stop_ids(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*found, *own]))
 
 
-def _cut(context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[list[int], int]:
-    """The tokens to score, the last of them to predict only, and how many of these are the continuation's."""
-    return [*context, *continuation][-(longest + 1) :], len(continuation)
+def _read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file says, nothing where there is none. Raises ValueError naming it for one that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return check_object(found, str(path))
+
+
+def _shared_contexts(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], longest: int) -> dict[Row, list[int]]:
+    """The rows to run, and of each end in them its place in `pairs`: choices of one question are one row."""
+    groups: dict[tuple[tuple[int, ...], int], list[tuple[int, int]]] = {}
+    for place, (context, continuation) in enumerate(pairs):
+        *tokens, end = [*context, *continuation][-(longest + 1) :]
+        groups.setdefault((tuple(tokens), len(continuation) - 1), []).append((place, end))
+    return {
+        Row(tokens, count, tuple(end for _, end in ends)): [place for place, _ in ends]
+        for (tokens, count), ends in groups.items()
+    }

@@ -8,8 +8,10 @@ from beside_transformers import peer
 from conversions import run
 from speaking import write_speaker
 
+import megatron_patch.inference.engine as engine_module
 from megatron_patch.inference.decoding import Decoding
 from megatron_patch.inference.engine import open_engine
+from megatron_patch.inference.scoring import score
 
 FAMILIES = [
     ("mistral", {"sliding_window": 5}),
@@ -74,9 +76,9 @@ def test_beams_are_those_of_transformers_with_their_scores(tmp_path, family, opt
         found = engine.generate(PROMPTS, Decoding(**how))
         for number, prompt in enumerate(PROMPTS):
             ours = found[2 * number : 2 * number + 2]
-            for completion, (tokens, score) in zip(ours, transformers_answer(theirs, prompt, **how), strict=True):
+            for completion, (tokens, total) in zip(ours, transformers_answer(theirs, prompt, **how), strict=True):
                 assert list(completion.tokens) == tokens
-                assert completion.score == pytest.approx(score, abs=1e-4)
+                assert completion.score == pytest.approx(total, abs=1e-4)
                 stopped.add(completion.is_stopped)
     assert stopped == {True, False}, "the case no longer has both a beam that ends and one that is cut"
 
@@ -173,8 +175,18 @@ def test_any_format_and_layout_answers_alike(tmp_path, tokenizer_directory, word
     assert [(one.tokens, one.text) for one in found] == [(one.tokens, one.text) for one in wanted]
 
 
-def test_bfloat16_answers_but_routes_in_float32(tmp_path):
-    peer("mixtral").save_pretrained(tmp_path)
+def test_what_ends_a_text_is_read_from_the_checkpoint_or_its_damage_is_named(tmp_path):
+    peer("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert open_engine(tmp_path).stop_ids == (9,)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        open_engine(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_bfloat16_answers_but_routes_in_float32(tmp_path, family):
+    peer(family).save_pretrained(tmp_path)
     engine = open_engine(tmp_path, precision="bf16")
     types = {name.endswith("router.weight"): p.dtype for name, p in engine.forward.model.named_parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
@@ -190,3 +202,16 @@ def test_a_stop_string_ends_a_row_and_its_text_alone(tmp_path, tokenizer_directo
     assert found[0].text == text[: text.index(stop)]
     assert found[0].is_stopped and len(found[0].tokens) < 30
     assert stop in whole[1].text or found[1].tokens == whole[1].tokens
+
+
+def test_choices_of_one_question_are_one_row_of_one_pass(tmp_path, monkeypatch):
+    _, engine = both(tmp_path, "mistral", sliding_window=5)
+    context, other = [5, 9, 30, 14], [60, 61]
+    pairs = [(context, [7]), (other, [8, 9]), (context, [8]), (context, [14, 7]), (context, [9]), (other, [8, 10])]
+    alone = [engine.log_likelihoods([pair], 1)[0] for pair in pairs]
+    passed = []
+    monkeypatch.setattr(engine_module, "score", lambda forward, rows: passed.append(rows) or score(forward, rows))
+    together = engine.log_likelihoods(pairs, 8)
+    assert [flag for _, flag in together] == [flag for _, flag in alone]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-5)
+    assert [[row.ends for row in rows] for rows in passed] == [[(7,), (7, 8, 9), (9, 10)]]
