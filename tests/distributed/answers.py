@@ -47,5 +47,7 @@ def answers(
     found = []
     for size in sizes:
         engine = open_engine(directory, **size)
-        found.append(([engine.generate(PROMPTS, way) for way in WAYS], engine.log_likelihoods(PAIRS, 2)))
+        ways = [engine.generate(PROMPTS, way) for way in WAYS]
+        alone = [engine.generate(PROMPTS[:1], way) for way in WAYS]  # fewer than data-parallel ranks
+        found.append((ways + alone, [*engine.log_likelihoods(PAIRS, 2), *engine.log_likelihoods(PAIRS[:1], 2)]))
     return found
