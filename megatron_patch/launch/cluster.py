@@ -49,7 +49,7 @@ def many_nodes(environ: Mapping[str, str]) -> Cluster:
     needed = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", ranks)
     missing = [name for name in needed if not environ.get(name)]
     if missing:
-        names = ", ".join("NPROC_PER_NODE" if name == ranks else name for name in missing)
+        names = ", ".join(f"NPROC_PER_NODE (or {name})" if name == ranks else name for name in missing)
         raise UsageError(f"argument 1 (ENV) is dlc, which needs in the environment: {names}")
     nodes, rank = _read(environ, "WORLD_SIZE", count), _read(environ, "RANK", whole)
     if rank >= nodes:

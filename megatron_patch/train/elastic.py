@@ -19,6 +19,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 
+from megatron_patch.train.interface import GLOO, interface_towards
 from megatron_patch.train.nodes import Nodes
 from megatron_patch.train.ranks import Ranks
 from megatron_patch.train.report import Verdict, first_words, unanswered, verdict
@@ -32,6 +33,8 @@ def run(options: Namespace, ranks: Ranks, say: Callable[[str], None]) -> int:
     """Meet the other agents, start the ranks, see them through. Returns the exit status."""
     static = {"rank": options.node_rank} if options.rdzv_backend == "static" else {}
     endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+    if options.nnodes > 1 and static and (interface := interface_towards(options.master_addr)):
+        os.environ.setdefault(GLOO, interface)
     parameters = RendezvousParameters(
         backend=options.rdzv_backend,
         endpoint=endpoint,

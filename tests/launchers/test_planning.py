@@ -228,7 +228,14 @@ def test_several_nodes_are_what_the_cluster_says():
     ("change", "told"),
     [
         ({"MASTER_ADDR": None, "RANK": None}, "needs in the environment: RANK, MASTER_ADDR"),
-        ({"NPROC_PER_NODE": None}, "needs in the environment: NPROC_PER_NODE"),
+        ({"WORLD_SIZE": None}, "needs in the environment: WORLD_SIZE"),
+        ({"MASTER_PORT": ""}, "needs in the environment: MASTER_PORT"),
+        ({"NPROC_PER_NODE": None}, "needs in the environment: NPROC_PER_NODE (or KUBERNETES_CONTAINER_RESOURCE_GPU)"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE is '0'; allowed: a whole number ≥ 1"),
+        (
+            {"NPROC_PER_NODE": None, "KUBERNETES_CONTAINER_RESOURCE_GPU": "all"},
+            "KUBERNETES_CONTAINER_RESOURCE_GPU is 'all'; allowed: a whole number ≥ 1",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; allowed: a whole number ≥ 1"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; allowed: 1 to 65535"),
         ({"RANK": "2"}, "RANK is 2; allowed: 0 to 1"),

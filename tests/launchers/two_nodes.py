@@ -37,11 +37,10 @@ kill $second
 
 
 class Node(NamedTuple):
-    """How a command gets to a node, the address of the node, and variables that its cable needs."""
+    """How a command gets to a node, and the address of the node."""
 
     prefix: list[str]
     address: str
-    variables: dict[str, str]
 
 
 class Nodes(NamedTuple):
@@ -77,15 +76,11 @@ def two_nodes() -> Iterator[Nodes]:
     with subprocess.Popen(command, text=True, **pipes) as holder:  # the namespaces end with its standard input
         second, first = holder.stdout.readline().strip(), holder.stdout.readline().strip()
         if not first:
-            yield Nodes([Node([], f"127.0.0.{n}", {}) for n in (2, 3)], "two loopback addresses", stop)
+            yield Nodes([Node([], f"127.0.0.{n}") for n in (2, 3)], "two loopback addresses", stop)
             return
         pair = [
-            Node(
-                ["nsenter", "--preserve-credentials", "-U", "-n", "-t", pid],
-                address,
-                {"GLOO_SOCKET_IFNAME": cable},
-            )
-            for pid, address, cable in zip((first, second), ADDRESSES, ("near", "far"), strict=True)
+            Node(["nsenter", "--preserve-credentials", "-U", "-n", "-t", pid], address)
+            for pid, address in zip((first, second), ADDRESSES, strict=True)
         ]
         unplug = [*pair[0].prefix, "ip", "link", "set", "near", "down"]
         yield Nodes(pair, "two network namespaces", lambda _: subprocess.run(unplug, check=True))
@@ -111,7 +106,7 @@ def start(nodes: Nodes, folder: Path, name: str, arguments: list[str]) -> list[C
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": nodes.pair[0].address, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     commands = []
     for number, node in enumerate(nodes.pair):
-        variables = shared | ranks[number] | node.variables | {"RANK": str(number)}
+        variables = shared | ranks[number] | {"RANK": str(number)}
         output = folder / f"{name}_{number}.txt"
         with output.open("w") as file:
             process = subprocess.Popen(
