@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from megatron_patch.parallel.mesh import Mesh
 
 INTERVAL = 0.002  # seconds between two looks at a rank
+LONGEST = 900  # seconds of a case
 STEPS, LENGTH = 3, 512
 DENSE = ModelConfig(
     num_layers=12,
@@ -193,13 +194,13 @@ def measure(run: RunConfig, world: int, folder: str) -> list[int]:
     for process in ranks:
         process.start()
     before = [pipe[0].recv() for pipe in pipes]  # once the groups of a rank stand
-    most = list(before)
+    most, deadline = list(before), time.monotonic() + LONGEST
     while any(process.is_alive() for process in ranks):
         most = [max(held, anonymous(process.pid)) for held, process in zip(most, ranks, strict=True)]
-        if any(process.exitcode for process in ranks):
+        if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
-            raise RuntimeError(f"ranks ended with {[process.exitcode for process in ranks]}")
+            raise RuntimeError(f"ranks failed, or took longer than {LONGEST} s: {[rank.exitcode for rank in ranks]}")
         time.sleep(INTERVAL)
     return [held - start for held, start in zip(most, before, strict=True)]
 

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_patch.config.checks import problems
 from megatron_patch.config.flags import flag, to_flags
 from megatron_patch.config.run import RunConfig
+from megatron_patch.families.resolve import preset
 from megatron_patch.launch import cluster
 from megatron_patch.launch.conversion_rules import vocabulary
 from megatron_patch.launch.data_options import with_data_options
@@ -65,7 +66,7 @@ def plan(request: Request) -> dict[str, Any]:
     _check_data_kind(request)
     request, data_notes = with_data_options(request)
     check_options(request.options, settings())
-    architecture = resolve_architecture(request)
+    architecture, contradiction = _architecture(request)
     derived = overridden(run_config(request, architecture), _launcher_flags(request), {})
     elsewhere = {
         "--load": request.where("PRETRAIN_CHECKPOINT_PATH"),
@@ -76,7 +77,8 @@ def plan(request: Request) -> dict[str, Any]:
     run = overridden(derived, request.options, elsewhere)
     ranks = _ranks(request, run)
     run, uncounted = _settled(request, run, ranks.world)
-    warnings = [*architecture.resolved.warnings, *_check(request, run, ranks.world, architecture.absent)]
+    obstacles = _check(request, run, ranks.world, architecture.absent, contradiction)
+    warnings = [*architecture.resolved.warnings, *obstacles]
     grid = resolve_grid(run.parallel, ranks.world)
     machine = resolve_machine(ranks.ranks_per_node, has_accelerator=cluster.accelerators(request.environ)[0] > 0)
     sections = describe(run, architecture.resolved.family, grid, machine, _typed(request))
@@ -105,6 +107,17 @@ def _typed(request: Request) -> set[str]:
         *names(request.options),
         *(flag(name) for name, capital in (CAPITALS | DECIDED).items() if capital in given),
     }
+
+
+def _architecture(request: Request) -> tuple[Architecture, list[str]]:
+    """What is trained; where a checkpoint contradicts MODEL_SIZE, what that says, and the contradiction."""
+    try:
+        return resolve_architecture(request), []
+    except ValueError as error:
+        size = request.values["MODEL_SIZE"]
+        if isinstance(error, UsageError) or size == "auto" or request.values.get("MOE"):
+            raise
+        return Architecture(preset(request.families, size), []), [str(error)]
 
 
 def _launcher_flags(request: Request) -> list[str]:
@@ -158,11 +171,11 @@ def _check_data_kind(request: Request) -> None:
         raise UsageError(f"{where} is false: MP_DATASET_TYPE=raw is for fine-tuning; use SFT true, or unset it")
 
 
-def _check(request: Request, run: RunConfig, world: int, absent: list[str]) -> list[str]:
+def _check(request: Request, run: RunConfig, world: int, absent: list[str], contradiction: list[str]) -> list[str]:
     """Raise UsageError with all that is broken. A dry run only warns of paths that are missing or occupied now."""
     now, wrong = look(run)
     obstacles = [*absent, *now, *_lacking_for_float8(request, run)]
-    broken = [in_capitals(sentence, request) for sentence in problems(run, world)]
+    broken = [*contradiction, *(in_capitals(sentence, request) for sentence in problems(run, world))]
     broken += [*wrong, *_vocabulary(request, run)[0], *([] if request.is_dry else obstacles)]
     if broken:
         raise UsageError("\n".join(broken))

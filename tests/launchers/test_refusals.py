@@ -156,6 +156,12 @@ def test_rules_between_settings_are_told_together_in_the_users_words(refused, mo
         assert told in message
 
 
+def test_a_checkpoint_of_another_size_is_told_with_the_rules_that_are_broken(refused, monkeypatch):
+    monkeypatch.setenv("MP_DRY_RUN", "1")
+    message = refused("mistral", with_checkpoint(MODEL_SIZE="8x7B", TP="3"))
+    assert "MODEL_SIZE" in message and "num_query_groups 8 is not a multiple of TP (argument 10) 3" in message
+
+
 def test_a_world_that_the_axes_do_not_divide_is_refused(refused, monkeypatch):
     monkeypatch.setenv("NPROC_PER_NODE", "6")
     assert "= 4 does not divide 6 ranks" in refused("mistral", with_checkpoint())
