@@ -1,4 +1,4 @@
-"""A rule that cuts text into sentences, for languages that end them with . ! ? … or 。！？. Standard library only.
+"""A rule that cuts text into sentences, for languages that end them with . ! ? … ؟ । or 。！？. Standard library only.
 
 A mark and the quotes or brackets closed after it end a sentence where white space follows and no lower-case letter
 after that; after 。！？ nothing need follow. A blank line ends one, too. A full stop does not after an initial (`J.`,
@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+MARKS = ".!?…؟۔।॥"
 CLOSING = "\"'”’)\\]}»"
 OPENING = "\"'“‘([{«¿¡—–*_-"
 _BLANK = r"\n[^\S\n]*\n\s*"
 # Marks are tried at the first of a run and space is read once, so that time grows with the text and no faster.
-_END = re.compile(rf"(?<![.!?…])[.!?…]+[{CLOSING}]*\s+|[。！？]+[”’」』）》]*\s*|{_BLANK}")
+_END = re.compile(rf"(?<![{MARKS}])[{MARKS}]+[{CLOSING}]*\s+|[。！？]+[”’」』）》]*\s*|{_BLANK}")
 LONGEST_WORD = 20
 ABBREVIATIONS = frozenset(
     (

@@ -21,6 +21,8 @@ from megatron_patch.data.sentences import split_sentences
         "the end of line.|Next one\nis wrapped.",
         "A heading|Its paragraph.|Another",
         "今天很好。|我们走吧！|好“是。”|真的？|pi is 3.",
+        "هل أنت هنا؟|نعم.",
+        "यह एक है।|यह दो है।",
         "Über alles gesprochen.|Änderungen folgen.",
         "no marks at all",
         "ends here.",
