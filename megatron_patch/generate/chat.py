@@ -13,7 +13,7 @@ from megatron_patch.inference.engine import Engine
 from megatron_patch.inference.text import TextStream
 
 LEAVE, FORGET = ("quit", "q", "exit"), ("clear", "new")
-LONGEST_PAUSE = timedelta(days=30)  # of a person, during which the other ranks wait
+LONGEST_PAUSE = timedelta(days=20)  # of a person, during which the other ranks wait
 
 
 def chat(engine: Engine, asking: Asking, options: Decoding, system: str | None) -> None:

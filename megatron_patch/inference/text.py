@@ -18,9 +18,14 @@ def encode(tokenizer: Any, text: str, *, adds_special_tokens: bool = True) -> li
     return ids
 
 
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of `tokens` without special tokens, and with every space that they hold."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def decode(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
-    """The text of `tokens` without special tokens, up to the first stop string in it."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    """The text of an answer, up to the first stop string in it."""
+    text = text_of(tokenizer, tokens)
     ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
 
@@ -30,7 +35,7 @@ def holds_stop(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str
     if not stop_strings:
         return False
     count = LONGEST_CHARACTER * (max(len(stop.encode()) for stop in stop_strings) + 1)
-    tail = tokenizer.decode(tokens[-count:], skip_special_tokens=True)
+    tail = text_of(tokenizer, tokens[-count:])
     return any(stop in tail for stop in stop_strings)
 
 
@@ -58,8 +63,8 @@ class TextStream:
         return self._read(self._unread(), is_last=True)
 
     def _unread(self) -> str:
-        before = self._text(self.tokens[self.begin : self.end])
-        return self._text(self.tokens[self.begin :])[len(before) :]
+        before = text_of(self.tokenizer, self.tokens[self.begin : self.end])
+        return text_of(self.tokenizer, self.tokens[self.begin :])[len(before) :]
 
     def _read(self, new: str, *, is_last: bool) -> str:
         if new:
@@ -75,9 +80,6 @@ class TextStream:
         """Characters at the end of `text` that a stop string may begin with."""
         beginnings = (stop[:count] for stop in self.stop_strings for count in range(1, len(stop)))
         return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _appends_eos(tokenizer: Any) -> bool:
