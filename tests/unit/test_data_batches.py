@@ -181,6 +181,18 @@ def test_validation_records_come_in_file_order_and_repeat(raw, tokenizer):
     assert step == [20, 21, 22, 20, 21, 22, 20, 21]
 
 
+@pytest.mark.parametrize("word", ["{}", "{}/*.jsonl"])
+def test_records_come_from_every_file_of_a_directory_in_natural_order_under_keys_of_any_name(
+    word, raw, tokenizer, tmp_path
+):
+    (tmp_path / "in").mkdir()
+    for number in (10, 9, 2):
+        (tmp_path / f"in/{number}.jsonl").write_text(json.dumps({"q": "n", "output": "no", "a": f"n{number}"}) + "\n")
+    raw = replace(raw, valid_data_path=(word.format(tmp_path / "in"),), map_keys='{"prompt": "q", "response": "a"}')
+    (step,) = answers(validation_batches(raw, tokenizer, eval_iters=1, **SIZES, **ALONE), tokenizer)
+    assert step == [2, 9, 10, 2, 9, 10, 2, 9]
+
+
 def test_left_out_records_are_said_once_for_data_that_is_divided(raw, tokenizer, tmp_path, caplog):
     with (tmp_path / "train.json").open("w") as file:
         file.write('{"instruction": "n", "output": "n1"}\n' + json.dumps({"instruction": "n" * 400, "output": "n2"}))

@@ -11,6 +11,7 @@ from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.inputs import read_rows
 from megatron_patch.data.instructions import InstructionDataset, material_of
 from megatron_patch.data.prompts import PROMPTS, Conversation, Rendered, Renderer, Turn, ask
+from megatron_patch.data.records import resolve_names
 from megatron_patch.data.tokenizer import load_tokenizer
 
 # A Mistral-like conversation; transformers itself marks what stands between the generation tags.
@@ -242,9 +243,10 @@ def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_p
 
     monkeypatch.setattr(instructions, "read_rows", noted)
 
-    def opened(prompt_type="mistral", length=256):
+    def opened(prompt_type="mistral", length=256, map_keys=None):
         renderer = resolve_renderer(prompt_type, tokenizer, "mistral")
-        return InstructionDataset(material_of([path], tokenizer, renderer), length=length, cache_path=cache)
+        material = material_of([path], tokenizer, renderer, resolve_names(map_keys))
+        return InstructionDataset(material, length=length, cache_path=cache)
 
     first, again = opened(), opened()
     assert len(read) == 1
@@ -258,8 +260,9 @@ def test_records_are_tokenised_once_per_file_tokenizer_template_and_length(tmp_p
     short = opened(length=22)
     assert short.skipped == opened(length=22).skipped == len(RECORDS) - len(short) > 0
     opened("empty")
+    opened(map_keys='{"query": ""}')
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     opened()
     path.write_text(json.dumps(RECORDS[:2]))
     assert len(opened()) == 2
-    assert len(read) == 4
+    assert len(read) == 5
