@@ -51,7 +51,8 @@ class SelfAttention(nn.Module):
         q, k = rotate(turned, rotary, self.interleaved).split([self.heads_per_group, 1], dim=3)
         if self.cp.size > 1:
             k, v = gather_zigzag(torch.cat([k, v], dim=3), self.cp).split(1, dim=3)
-        q_BNLD, k_BGSD, v_BGSD = (x.flatten(2, 3).permute(1, 2, 0, 3) for x in (q, k, v))
+        # Kernels read a head's tokens one after the other; and what is copied lets go of the rest of `qkv`.
+        q_BNLD, k_BGSD, v_BGSD = (x.permute(1, 2, 3, 0, 4).flatten(1, 2).contiguous() for x in (q, k, v))
         if cache is None:
             out_BNLD = self.core_attention(q_BNLD, k_BGSD, v_BGSD, packed)
         else:

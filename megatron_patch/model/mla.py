@@ -63,22 +63,22 @@ class MLASelfAttention(nn.Module):
             if not cache.is_prompt:
                 return self.linear_proj(self._attend_to_latents(q_LBND, remembered_B1LK, cache))
             cache.store(remembered_B1LK)
-        k_SBND, v_SBND = self._expand(compressed, rotary)
-        q_BNLD, k_BNSD, v_BNSD = (t.permute(1, 2, 0, 3) for t in (q_LBND, k_SBND, v_SBND))
-        out_BNLV = self.core_attention(q_BNLD, k_BNSD, v_BNSD, packed)[..., : self.value]
+        q_BNLD = q_LBND.permute(1, 2, 0, 3).contiguous()  # kernels read a head's tokens one after the other
+        out_BNLV = self.core_attention(q_BNLD, *self._expand(compressed, rotary), packed)[..., : self.value]
         return self.linear_proj(out_BNLV.permute(2, 0, 1, 3).flatten(2))
 
     def _expand(self, compressed: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys [S, B, N, C + P] and values [S, B, N, at least C + P] of all heads.
+        """Keys [B, N, S, C + P] and values [B, N, S, at least C + P] of all heads.
 
         Values get channels of zeros: fused attention wants heads of one width, and the plain one holds S × S scores.
         """
         latent, shared = compressed.split([self.latent, self.turned], dim=-1)
         kv_SBND = self.linear_kv_up_proj(latent).unflatten(-1, (-1, self.plain + self.value))
-        k_SBNC, v_SBNV = kv_SBND.split([self.plain, self.value], dim=-1)
+        k_BNSC, v_BNSV = kv_SBND.permute(1, 2, 0, 3).split([self.plain, self.value], dim=-1)
         k_LBP = rotate(enter(shared, self.tp, self.sequence_parallel), rotary, self.interleaved)
-        k_SBNP = gather_zigzag(k_LBP, self.cp).unsqueeze(2).expand(-1, -1, k_SBNC.shape[2], -1)
-        return torch.cat([k_SBNC, k_SBNP], dim=-1), F.pad(v_SBNV, (0, max(self.plain + self.turned - self.value, 0)))
+        k_B1SP = gather_zigzag(k_LBP, self.cp).transpose(0, 1).unsqueeze(1)
+        k_BNSD = torch.cat([k_BNSC, k_B1SP.expand(-1, k_BNSC.shape[1], -1, -1)], dim=-1)
+        return k_BNSD, F.pad(v_BNSV, (0, max(self.plain + self.turned - self.value, 0)))
 
     def _remembered(self, compressed: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """What a cache keeps of each token [B, 1, L, K + P]: the normalised latent, the rotated channels."""
