@@ -1,6 +1,7 @@
 """EPOCH as iterations: how many samples one pass has, counted without tokenising them."""
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def samples_per_epoch(data: DataConfig) -> int:
     return sum(sizes)
 
 
-def in_epochs(run: RunConfig, epochs: int, samples: int, said: set[str]) -> RunConfig:
+def in_epochs(run: RunConfig, epochs: int, samples: int, said: Collection[str]) -> RunConfig:
     """`run` made `epochs` passes over `samples` samples long, with a checkpoint at the end of each.
 
     The last iteration of a pass begins the next one where the samples do not fill it. Flags that were `said` stay.

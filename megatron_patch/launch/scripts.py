@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.launch import training
+from megatron_patch.launch.data_options import DATA_OPTIONS
+from megatron_patch.launch.options import check_options, settings
 from megatron_patch.launch.positional import Request
 from megatron_patch.launch.script_tables import RENAMED
 
 
 def plan(request: Request) -> dict[str, Any]:
     """The plan of one run. Raises as `training.plan`."""
-    return training.plan(
-        request.changed({**request.values, **_derived(request.values)}, list(_renamed(request.options)))
-    )
+    options = list(_renamed(request.options))
+    check_options(options, [*settings(), *DATA_OPTIONS, *(arg.name for arg in request.table)])
+    return training.plan(request.changed({**request.values, **_derived(request.values)}, options))
 
 
 def _derived(v: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ STAGES: Table = (
 
 
 def data_variables(kind: str) -> Table:
-    """The environment of a launcher that can fine-tune; `kind` is the dataset type of those who set none."""
+    """The environment of a training launcher; `kind` is the dataset type of those who set none."""
     return (
         Arg("MP_DATASET_TYPE", one_of("idxmap", "raw"), "idxmap or raw", default=kind),
         Arg("MP_SFT_PACKING", switch, SWITCH, default="false"),
@@ -130,9 +130,7 @@ LLAMA = ("llama",)
 QWEN = ("qwen1_5", "qwen1_5_moe")
 QWEN_OR_MOE_SIZES = (*QWEN_SIZES, "A2.7B")
 
-PRETRAINING = {
-    "CP": 1, "SFT": False, "OPTIMIZER_OFFLOAD": "false", "MP_DATASET_TYPE": "idxmap", "MP_SFT_PACKING": False,
-}  # fmt: skip
+PRETRAINING = {"CP": 1, "SFT": False, "OPTIMIZER_OFFLOAD": "false"}
 FINETUNING = {"CP": 1, "SFT": True, "OPTIMIZER_OFFLOAD": "false"}
 ONE_EP = {"EP": 1}  # without it EP is the largest that the data-parallel ranks and the experts have in common
 TOP_1, TOP_2 = ({"NUM_EXPERTS": 8, "EXPERTS_TOPK": topk} for topk in (1, 2))
@@ -145,7 +143,7 @@ def pretraining(table: Table, families: tuple[str, ...], title: str, implied: di
     """A launcher that only pre-trains."""
     return Launcher(
         *("training", table),
-        variables=STAGES,
+        variables=data_variables("idxmap"),
         families=families,
         title=title,
         implied=PRETRAINING | implied,
