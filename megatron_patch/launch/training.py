@@ -167,8 +167,9 @@ def _axes(run: RunConfig) -> dict[str, int | None]:
 
 def _check_data_kind(request: Request) -> None:
     if request.values["MP_DATASET_TYPE"] == "raw" and not request.values["SFT"]:
-        where = request.where("SFT")
-        raise UsageError(f"{where} is false: MP_DATASET_TYPE=raw is for fine-tuning; use SFT true, or unset it")
+        has_choice = any(arg.name == "SFT" for arg in request.table)
+        why = f"{request.where('SFT')} is false" if has_choice else "this launcher pre-trains"
+        raise UsageError(f"{why}: MP_DATASET_TYPE=raw is for fine-tuning; {'use SFT true, or ' * has_choice}unset it")
 
 
 def _check(request: Request, run: RunConfig, world: int, absent: list[str], contradiction: list[str]) -> list[str]:
