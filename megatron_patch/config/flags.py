@@ -5,21 +5,21 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from megatron_patch.config.run import RunConfig
 
+PROGRAM, USAGE = "megatron_patch.train", "%(prog)s --flag value … (--help lists them)"
+
 
 def parser() -> argparse.ArgumentParser:
     """A parser with one group per concern; every setting of `RunConfig` is a flag."""
-    result = argparse.ArgumentParser(
-        prog="megatron_patch.train", usage="%(prog)s --flag value … (--help lists them)", allow_abbrev=False
-    )
+    result = argparse.ArgumentParser(prog=PROGRAM, usage=USAGE, allow_abbrev=False)
     for owner, concern in _concerns():
-        group = result.add_argument_group(concern or "run")
+        group, hints = result.add_argument_group(concern or "run"), typing.get_type_hints(owner)
         for item in _settings(owner):
-            _add(group, item, typing.get_type_hints(owner)[item.name])
+            _add(group, item, hints[item.name])
     return result
 
 
@@ -39,6 +39,26 @@ def from_flags(argv: list[str]) -> RunConfig:
         else:
             rest = values
     return RunConfig(**concerns, **rest)
+
+
+def updated(run: RunConfig, argv: list[str]) -> RunConfig:
+    """`run` with the flags in `argv` in place of its settings; ends the program as `from_flags` does."""
+    given = {text.split("=")[0] for text in argv if text.startswith("--")}
+    reader = argparse.ArgumentParser(prog=PROGRAM, usage=USAGE, allow_abbrev=False)
+    wanted = {owner: [item for item in _settings(owner) if given & set(_spellings(item))] for owner, _ in _concerns()}
+    for owner, items in wanted.items():
+        hints = typing.get_type_hints(owner) if items else {}
+        for item in items:
+            _add(reader, item, hints[item.name], is_update=True)
+    namespace, unknown = reader.parse_known_args(argv)
+    if unknown:
+        reader.error(unknown_flag(unknown[0], known_flags()))
+    for owner, concern in _concerns():
+        values = {item.name: getattr(namespace, item.name) for item in wanted[owner]}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        if values:
+            run = replace(run, **({concern: replace(getattr(run, concern), **values)} if concern else values))
+    return run
 
 
 def to_flags(run: RunConfig) -> list[str]:
@@ -75,15 +95,19 @@ def _concerns() -> Iterator[tuple[type, str]]:
     yield RunConfig, ""
 
 
+def _spellings(item: Field) -> tuple[str, str]:
+    return flag(item.name), flag(f"no_{item.name}")
+
+
 def _settings(owner: type) -> list[Field]:
     return [item for item in fields(owner) if "help" in item.metadata]
 
 
-def _add(group: argparse._ArgumentGroup, item: Field, hint: Any) -> None:
-    required = item.default is MISSING
+def _add(group: argparse._ActionsContainer, item: Field, hint: Any, *, is_update: bool = False) -> None:
+    required = item.default is MISSING and not is_update
     options: dict[str, Any] = {"help": item.metadata["help"], "required": required, "dest": item.name}
     if not required:
-        options["default"] = item.default
+        options["default"] = argparse.SUPPRESS if is_update else item.default
     if hint is bool:
         group.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **options)
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_patch.config.flags import from_flags, known_flags, to_flags, unknown_flag
+from megatron_patch.config.flags import known_flags, unknown_flag, updated
 from megatron_patch.config.run import RunConfig
 from megatron_patch.launch.positional import UsageError
 
@@ -37,7 +37,8 @@ def overridden(run: RunConfig, options: list[str], elsewhere: Mapping[str, str])
     for name in names(options):
         if name in elsewhere:
             raise UsageError(f"{name} follows from {elsewhere[name]}; set that instead")
-    return from_flags([*to_flags(run), *(text for text in options if text not in IMPLIED)])
+    changes = [text for text in options if text not in IMPLIED]
+    return updated(run, changes) if changes else run
 
 
 def names(options: Iterable[str]) -> list[str]:

@@ -21,9 +21,7 @@ from megatron_patch.launch.options import check_options, names, overridden, sett
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.training_run import run_config
 from megatron_patch.parallel.grid import resolve_grid, smallest_world
-from megatron_patch.plan.describe import cautions, describe
 from megatron_patch.plan.disk import look
-from megatron_patch.plan.machine import resolve_machine
 
 # Settings that a message names, as the user typed them.
 CAPITALS = {
@@ -80,6 +78,9 @@ def plan(request: Request) -> dict[str, Any]:
     obstacles = _check(request, run, ranks.world, architecture.absent, contradiction)
     warnings = [*architecture.resolved.warnings, *obstacles]
     grid = resolve_grid(run.parallel, ranks.world)
+    from megatron_patch.plan.describe import cautions, describe  # a refused command does not wait for them
+    from megatron_patch.plan.machine import resolve_machine
+
     machine = resolve_machine(ranks.ranks_per_node, has_accelerator=cluster.accelerators(request.environ)[0] > 0)
     sections = describe(run, architecture.resolved.family, grid, machine, _typed(request))
     sections["parallel"]["counted"] = ranks.counted

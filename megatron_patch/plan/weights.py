@@ -1,7 +1,6 @@
 """Whether the files of a checkpoint are there and whole, as far as sizes and headers tell without reading weights."""
 
 import json
-import zipfile
 from pathlib import Path
 
 from megatron_patch.config.checkpoint import RANK_FILE, RUN, TRACKER, why_unreadable
@@ -34,6 +33,8 @@ def _check_megatron(root: Path) -> None:
         _check_recorded(directory)
     if (directory / DISTRIBUTED_INDEX).is_file():
         return  # names and sizes stand in a pickle, which the ranks read
+    from zipfile import is_zipfile  # slow to import, and most runs start from other files
+
     files = sorted(directory.glob(f"mp_rank_*/{RANK_FILE}"))
     if not files:
         raise FileNotFoundError(
@@ -41,7 +42,7 @@ def _check_megatron(root: Path) -> None:
             f"mp_rank_*/{RANK_FILE}"
         )
     for file in files:
-        if not zipfile.is_zipfile(file):  # the directory of a zip file stands at its end
+        if not is_zipfile(file):  # the directory of a zip file stands at its end
             raise ValueError(f"{file} is truncated, or was not written by torch.save; copy or convert it again")
 
 
