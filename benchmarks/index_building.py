@@ -10,7 +10,9 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -21,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_patch.data.blend_order import blend_indices
 from megatron_patch.data.gpt import build_indices
 
+Build = Callable[[], Sequence[np.ndarray]]
 SEED = 1234
 STATED = 0.14  # seconds of Megatron-Core 0.16.1 for the last case below, all three indices
 CASES = ((1024, 1), (1024, 3), (256, 4))  # sequence length, epochs: the last gives 1.6 million samples
+RUN_LENGTH, EPOCHS = 1024, 3  # of each dataset of a whole run
 BLENDS = ([0.7, 0.3], [0.4, 0.3, 0.2, 0.1], np.random.RandomState(0).dirichlet([1.0] * 20).tolist())
 
 
@@ -43,59 +47,82 @@ def main() -> None:
     if helpers:
         for weights in BLENDS:
             _compare_blend(helpers, weights, options.samples, options.runs)
+        _compare_run(helpers, lengths, BLENDS[1], options.runs)
 
 
 def _compare_samples(helpers: ModuleType | None, lengths: np.ndarray, seq_length: int, epochs: int, runs: int) -> None:
-    ids = np.arange(len(lengths), dtype=np.int32)
-    wanted = (epochs * int(lengths.sum(dtype=np.int64)) - 1) // seq_length
-
-    def ours() -> tuple[np.ndarray, ...]:
-        return build_indices(lengths, ids, wanted, seq_length=seq_length, seed=SEED)
-
-    def theirs() -> tuple[np.ndarray, ...]:
-        """What Megatron-Core's GPTDataset does; no final epoch is apart here, because all of it is used."""
-        tokens = int(np.sum(lengths[ids]))
-        generator = np.random.RandomState(SEED)
-        documents = np.mgrid[0:epochs, 0 : len(ids)][1]
-        documents[:] = ids
-        documents = documents.reshape(-1).astype(np.int32)
-        generator.shuffle(documents)
-        samples = helpers.build_sample_idx_int32(lengths.copy(), documents, seq_length, epochs, tokens, True, 1)
-        assert samples.min() >= 0 and samples.max() <= max(len(documents), lengths.max())
-        shuffle = np.arange(len(samples) - 1, dtype=np.uint32)
-        generator.shuffle(shuffle)
-        return documents, samples, shuffle
-
+    wanted = _samples(lengths, seq_length, epochs)
     name = f"seq {seq_length}, {epochs} epochs, {wanted} samples"
+    ours = partial(_samples_ours, lengths, seq_length, epochs)
     if helpers is None:
         (seconds,) = _medians([ours], runs)
         note = f"{seconds / STATED:5.2f} × {STATED:.3f} s, stated by others for 200 000 documents, not measured here"
         print(f"{name:40} {seconds:7.3f} s   {note if (seq_length, epochs) == CASES[-1] else ''}")
         return
-    _check_equal(ours(), theirs())
-    mine, peer = _medians([ours, theirs], runs)
-    print(f"{name:40} {mine:7.3f} s   {mine / peer:5.2f} × Megatron-Core's {peer:.3f} s")
+    _compare(name, ours, partial(_samples_theirs, helpers, lengths, seq_length, epochs), runs)
 
 
 def _compare_blend(helpers: ModuleType, weights: list[float], size: int, runs: int) -> None:
-    def theirs() -> tuple[np.ndarray, np.ndarray]:
-        datasets, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
-        helpers.build_blending_indices(datasets, samples, np.asarray(weights), len(weights), size, False)
-        return datasets, samples
+    ours, theirs = partial(blend_indices, weights, size), partial(_blend_theirs, helpers, weights, size)
+    _compare(f"blend of {len(weights)}, {size} samples", ours, theirs, runs)
 
-    def ours() -> tuple[np.ndarray, np.ndarray]:
-        return blend_indices(weights, size)
 
-    _check_equal(ours(), theirs())
+def _compare_run(helpers: ModuleType, lengths: np.ndarray, weights: list[float], runs: int) -> None:
+    """All indices of a run over datasets as large as their weights."""
+    ends = np.cumsum([0, *(round(weight * len(lengths)) for weight in weights)])
+    parts = [np.ascontiguousarray(lengths[first:last]) for first, last in pairwise(ends)]
+    size = sum(_samples(part, RUN_LENGTH, EPOCHS) for part in parts)
+
+    def ours() -> list[np.ndarray]:
+        samples = [array for part in parts for array in _samples_ours(part, RUN_LENGTH, EPOCHS)]
+        return [*samples, *blend_indices(weights, size)]
+
+    def theirs() -> list[np.ndarray]:
+        samples = [array for part in parts for array in _samples_theirs(helpers, part, RUN_LENGTH, EPOCHS)]
+        return [*samples, *_blend_theirs(helpers, weights, size)]
+
+    _compare(f"a run over {len(parts)} datasets, {size} samples", ours, theirs, runs)
+
+
+def _compare(name: str, ours: Build, theirs: Build, runs: int) -> None:
+    for mine, peer in zip(ours(), theirs(), strict=True):
+        if not np.array_equal(mine, peer):
+            raise RuntimeError("the indices are not Megatron-Core's; times of different results mean nothing")
     mine, peer = _medians([ours, theirs], runs)
-    name = f"blend of {len(weights)}, {size} samples"
     print(f"{name:40} {mine:7.3f} s   {mine / peer:5.2f} × Megatron-Core's {peer:.3f} s")
 
 
-def _check_equal(ours: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...]) -> None:
-    for mine, peer in zip(ours, theirs, strict=True):
-        if not np.array_equal(mine, peer):
-            raise RuntimeError("the indices are not Megatron-Core's; times of different results mean nothing")
+def _samples(lengths: np.ndarray, seq_length: int, epochs: int) -> int:
+    return (epochs * int(lengths.sum(dtype=np.int64)) - 1) // seq_length
+
+
+def _samples_ours(lengths: np.ndarray, seq_length: int, epochs: int) -> tuple[np.ndarray, ...]:
+    ids = np.arange(len(lengths), dtype=np.int32)
+    return build_indices(lengths, ids, _samples(lengths, seq_length, epochs), seq_length=seq_length, seed=SEED)
+
+
+def _samples_theirs(
+    helpers: ModuleType, lengths: np.ndarray, seq_length: int, epochs: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What Megatron-Core's GPTDataset does; no final epoch is apart here, because all of it is used."""
+    ids = np.arange(len(lengths), dtype=np.int32)
+    tokens = int(np.sum(lengths[ids]))
+    generator = np.random.RandomState(SEED)
+    documents = np.mgrid[0:epochs, 0 : len(ids)][1]
+    documents[:] = ids
+    documents = documents.reshape(-1).astype(np.int32)
+    generator.shuffle(documents)
+    samples = helpers.build_sample_idx_int32(lengths.copy(), documents, seq_length, epochs, tokens, True, 1)
+    assert samples.min() >= 0 and samples.max() <= max(len(documents), lengths.max())
+    shuffle = np.arange(len(samples) - 1, dtype=np.uint32)
+    generator.shuffle(shuffle)
+    return documents, samples, shuffle
+
+
+def _blend_theirs(helpers: ModuleType, weights: list[float], size: int) -> tuple[np.ndarray, np.ndarray]:
+    datasets, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers.build_blending_indices(datasets, samples, np.asarray(weights), len(weights), size, False)
+    return datasets, samples
 
 
 def _medians(works: list[Callable[[], object]], runs: int) -> list[float]:

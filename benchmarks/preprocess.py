@@ -69,6 +69,7 @@ def main() -> None:
         for _ in range(1 if options.tiny else options.runs):
             for job, (way, file) in jobs.items():
                 results[job].append(start(way, file, directory, options.workers))
+                print(f"{job}: {results[job][-1]['seconds']:.1f} s", file=sys.stderr)
         report(results, source, part, options.workers, vocabulary)
         check_equal(directory)
 
