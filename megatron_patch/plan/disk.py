@@ -51,9 +51,8 @@ def check_training_data(run: RunConfig) -> None:
     With no validation to do, it may leave that none.
     """
     resolve_names(run.data.map_keys)
+    parse_split(run.data.split)
     is_divided = run.data.train_data_path == run.data.valid_data_path
-    if is_divided:
-        parse_split(run.data.split)
     _check_dataset(run, run.data.train_data_path)
     if is_divided and run.data.dataset != "JSON-SFT":
         is_instruction = run.data.is_instruction_dataset

@@ -88,6 +88,7 @@ def test_a_test_dataset_is_said_to_have_no_effect(planned, command):
         ("--data-path nan a 2 b", "dataset weight nan"),
         ("--split=-1,2", "split '-1,2': one to three non-negative numbers"),
         ("--split a,b", "split 'a,b' is not a list of numbers"),
+        ("--valid-data-path b --split x", "split 'x' is not a list of numbers"),
         ("--split 0,0,0", "one to three non-negative numbers, not all zero"),
         ("--split 100,0,0", "split '100,0,0' leaves nothing of dataset 'a' (100 documents) for valid"),
         ("--data-path one", "leaves nothing of dataset 'one' (1 documents) for"),
