@@ -12,6 +12,7 @@ from megatron_patch.config.flags import from_flags
 from megatron_patch.config.run import RunConfig
 from megatron_patch.parallel.grid import Grid, resolve_grid
 from megatron_patch.parallel.mesh import build_mesh, start_process_group
+from megatron_patch.parallel.progress import HungError
 from megatron_patch.train.loop import train
 from megatron_patch.train.out_of_memory import is_out_of_memory, out_of_memory
 from megatron_patch.train.ranks import WHERE
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
         _train(run, resolve_grid(run.parallel, world))
     except KeyboardInterrupt:
         return _failed(Report("interrupted"), 130)  # what a shell reports for a command that Ctrl-C ended
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError, OverflowError, HungError) as error:
         return _failed(Report(str(error)))
     except Exception as error:
         return _failed(_explained(error, run, world))

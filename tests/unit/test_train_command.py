@@ -5,6 +5,7 @@ import shlex
 import pytest
 import torch
 
+from megatron_patch.parallel.progress import HungError
 from megatron_patch.train import __main__ as command
 
 FLAGS = shlex.split(
@@ -36,8 +37,8 @@ def test_a_broken_rule_ends_the_rank_before_it_joins_the_others(monkeypatch, cap
     assert capsys.readouterr().err.startswith("megatron_patch.train: rank 0: global_batch_size 8 is not a multiple")
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, OverflowError])
-def test_what_the_user_can_mend_is_one_sentence_and_a_failure(monkeypatch, capsys, error):
+@pytest.mark.parametrize("error", [ValueError, OSError, OverflowError, HungError])
+def test_what_the_user_can_mend_or_another_rank_did_is_one_sentence_and_a_failure(monkeypatch, capsys, error):
     started(monkeypatch, error("what to do"))
     assert command.main(FLAGS) == 1
     assert capsys.readouterr().err == "megatron_patch.train: rank 0: what to do\n"
