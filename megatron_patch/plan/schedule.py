@@ -42,6 +42,7 @@ def schedule(run: RunConfig, dp: int) -> dict[str, Any]:
         "tokens": tokens,
         "dataset_tokens": available,
         "epochs": round(tokens / available, 4) if available else None,
+        "epochs_of_datasets": _epochs_of_datasets(run, tokens),
         "eval_interval": run.eval_interval,
         "eval_iters": run.eval_iters,
         "save_interval": run.checkpoint.save_interval,
@@ -59,8 +60,27 @@ def _tokens_on_disk(run: RunConfig) -> int | None:
         total = _sum_of_tokens([source.prefix for source in sources], run)
     except (OSError, ValueError):
         return None
+    return int(total * _training_share(run))
+
+
+def _epochs_of_datasets(run: RunConfig, tokens: int) -> dict[str, float | None]:
+    """How often each dataset of a weighted blend is passed over; None where it is not there, empty without weights."""
+    sources = [] if run.data.dataset == "JSON-SFT" else parse_blend(run.data.train_data_path)
+    weights = sum(source.weight or 0 for source in sources)
+    found: dict[str, float | None] = {}
+    for source in sources if weights else ():
+        try:
+            held = _sum_of_tokens([source.prefix], run) * _training_share(run)
+        except (OSError, ValueError):
+            held = 0
+        found[source.prefix] = round(tokens * source.weight / weights / held, 4) if held else None
+    return found
+
+
+def _training_share(run: RunConfig) -> float:
+    """Of the tokens of its datasets."""
     is_divided = run.data.train_data_path == run.data.valid_data_path
-    return int(total * parse_split(run.data.split)[0]) if is_divided else total
+    return parse_split(run.data.split)[0] if is_divided else 1.0
 
 
 def _sum_of_tokens(prefixes: Sequence[str], run: RunConfig) -> int:

@@ -45,6 +45,8 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "–"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

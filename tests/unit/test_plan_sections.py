@@ -81,6 +81,20 @@ def test_the_schedule_counts_what_training_consumes(tmp_path):
     assert schedule(run(tmp_path, "--dataset", "JSON-SFT"), dp=2)["tokens"] == 72 * 48
 
 
+def test_every_dataset_of_a_blend_has_its_own_epochs(tmp_path):
+    write_dataset(tmp_path / "a", ENOUGH)
+    write_dataset(tmp_path / "b", ENOUGH[:50])
+    blend = ("--train-data-path", "3", f"{tmp_path}/a", "1", f"{tmp_path}/b", "--valid-data-path", f"{tmp_path}/v")
+    section = schedule(run(tmp_path, *blend), dp=2)
+    epochs = section["epochs_of_datasets"]
+    assert epochs[f"{tmp_path}/a"] == pytest.approx(0.75 * 72 * 32 / 1000, abs=1e-4)
+    assert epochs[f"{tmp_path}/b"] == pytest.approx(0.25 * 72 * 32 / 500, abs=1e-4)
+    assert section["epochs"] is None
+    (tmp_path / "b.idx").unlink()
+    assert schedule(run(tmp_path, *blend), dp=2)["epochs_of_datasets"][f"{tmp_path}/b"] is None
+    assert schedule(run(tmp_path), dp=2)["epochs_of_datasets"] == {}
+
+
 def test_memory_of_one_process_is_what_pytorch_allocates(tmp_path):
     whole = run(tmp_path)
     (model,) = build_model(whole.model, whole.parallel, "fp32", single_process())
