@@ -3,7 +3,8 @@
 #
 #    1 ENV                       dsw (this machine) | dlc (several nodes)
 #    2 MEGATRON_PATCH_PATH       anything: accepted and ignored
-#    3 MODEL_SIZE                7B | 13B | 70B | llama1-7B | llama1-13B | 30B | 65B | llama3-8B | llama3-70B | llama3.1-8B | llama3.1-70B | auto (from config.json)
+#    3 MODEL_SIZE                7B | 13B | 70B | llama1-7B | llama1-13B | 30B | 65B | llama3-8B | llama3-70B |
+#                               llama3.1-8B | llama3.1-70B | auto (from config.json)
 #    4 BATCH_SIZE                samples per forward pass and data-parallel rank
 #    5 LR                        peak learning rate
 #    6 MIN_LR                    final learning rate

@@ -3,7 +3,8 @@
 #
 #    1 ENV                       dsw (this machine) | dlc (several nodes)
 #    2 MEGATRON_PATCH_PATH       anything: accepted and ignored
-#    3 MODEL_SIZE                7B | 13B | 70B | llama1-7B | llama1-13B | 30B | 65B | llama3-8B | llama3-70B | llama3.1-8B | llama3.1-70B | auto (from config.json)
+#    3 MODEL_SIZE                7B | 13B | 70B | llama1-7B | llama1-13B | 30B | 65B | llama3-8B | llama3-70B |
+#                               llama3.1-8B | llama3.1-70B | auto (from config.json)
 #    4 BATCH_SIZE                samples per forward pass and data-parallel rank
 #    5 GLOBAL_BATCH_SIZE         samples per optimizer step
 #    6 LR                        peak learning rate
@@ -19,7 +20,7 @@
 #   16 FL                        fastest attention kernel: true | false
 #   17 SP                        sequence parallelism: true | false
 #   18 TE                        accepted: true | false; layers are PyTorch's either way
-#   19 MOE                       a mixture of experts, made of the dense model's MLP unless it is one already: true | false
+#   19 MOE                       true | false: a mixture of experts, made of the dense model's MLP where it is none
 #   20 SAVE_INTERVAL             iterations between checkpoints
 #   21 DATASET_PATH              .bin/.idx prefix, or 'weight prefix weight prefix …'
 #   22 PRETRAIN_CHECKPOINT_PATH  directory to start from, or none (then also --tokenizer-model DIR)

@@ -17,14 +17,12 @@ MASTER_PORT="${MASTER_PORT:-6000}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
-WORLD_SIZE=$(($GPUS_PER_NODE * $NNODES))
 
 TP="${TP:-8}"
 PP="${PP:-1}"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"; export PYTHONPATH
-echo "$WORLD_SIZE ranks" >&2
 exec python3 -m megatron_patch.launch mistral-generate \
     --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \

@@ -3,7 +3,7 @@
 #
 #    1 ENV                       dsw (this machine) | dlc (several nodes)
 #    2 MEGATRON_PATCH_PATH       anything: accepted and ignored
-#    3 MODEL_SIZE                0.5B | 1.8B | 4B | 7B | 14B | 32B | 72B | auto (from config.json)
+#    3 MODEL_SIZE                0.5B | 1.8B | 4B | 7B | 14B | 32B | 72B | auto (from config.json); 13B is 14B
 #    4 BATCH_SIZE                samples per forward pass and data-parallel rank
 #    5 GLOBAL_BATCH_SIZE         samples per optimizer step
 #    6 LR                        peak learning rate

@@ -3,7 +3,7 @@
 #
 #    1 ENV                       dsw (this machine) | dlc (several nodes)
 #    2 MEGATRON_PATCH_PATH       anything: accepted and ignored
-#    3 MODEL_SIZE                0.5B | 1.8B | 4B | 7B | 14B | 32B | 72B | A2.7B | auto (from config.json)
+#    3 MODEL_SIZE                0.5B | 1.8B | 4B | 7B | 14B | 32B | 72B | A2.7B | auto (from config.json); 13B is 14B
 #    4 BATCH_SIZE                samples per forward pass and data-parallel rank
 #    5 GLOBAL_BATCH_SIZE         samples per optimizer step
 #    6 LR                        peak learning rate
@@ -19,7 +19,7 @@
 #   16 FL                        fastest attention kernel: true | false
 #   17 SP                        sequence parallelism: true | false
 #   18 TE                        accepted: true | false; layers are PyTorch's either way
-#   19 MOE                       a mixture of experts, made of the dense model's MLP unless it is one already: true | false
+#   19 MOE                       true | false: a mixture of experts, made of the dense model's MLP where it is none
 #   20 SAVE_INTERVAL             iterations between checkpoints
 #   21 DATASET_PATH              .bin/.idx prefix, or 'weight prefix weight prefix …'
 #   22 PRETRAIN_CHECKPOINT_PATH  directory to start from, or none (then also --tokenizer-model DIR)

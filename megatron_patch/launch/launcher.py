@@ -39,9 +39,15 @@ class Launcher:
         self.implied, self.flags, self.title = implied, flags, title
 
 
-def size(*names: str) -> Arg:
-    """MODEL_SIZE of a launcher whose documents name these sizes."""
-    return Arg("MODEL_SIZE", one_of(*names, "auto"), f"{', '.join(names)} or auto (from config.json)")
+def size(*names: str, formerly: Mapping[str, str] = MappingProxyType({})) -> Arg:
+    """MODEL_SIZE of a launcher whose documents name these sizes; `formerly` are names that some of them had once."""
+
+    def parse(text: str) -> str:
+        name = one_of(*names, *formerly, "auto")(text)
+        return formerly.get(name, name)
+
+    told = "".join(f"; {old} is {name}" for old, name in formerly.items())
+    return Arg("MODEL_SIZE", parse, f"{', '.join(names)} or auto (from config.json){told}")
 
 
 PP0_LAYERS = Arg("MP_PP0_LAYERS", whole, f"{WHOLE}: layers of the first pipeline stage", default="0")

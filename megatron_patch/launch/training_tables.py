@@ -66,10 +66,10 @@ EPOCH = Arg("EPOCH", count, f"{COUNT}: passes over the training records")
 OUTPUT = Arg("OUTPUT_BASEPATH", words, "the directory for checkpoints and logs")
 
 
-def training(*sizes: str) -> Table:
+def training(model: Arg) -> Table:
     """The 26 arguments of a launcher that pre-trains and fine-tunes."""
     return (
-        *(ENV, size(*sizes), BATCH, GLOBAL_BATCH, *RATES, SEQ_LEN, PAD_LEN, PRECISION, TP, PP, CP, EP, SP, DO, FL),
+        *(ENV, model, BATCH, GLOBAL_BATCH, *RATES, SEQ_LEN, PAD_LEN, PRECISION, TP, PP, CP, EP, SP, DO, FL),
         Arg("SFT", switch, f"{SWITCH}: fine-tune on instructions, counted in iterations"),
         AC,
         Arg("OPTIMIZER_OFFLOAD", offloading, "false, static, auto, or the share of the layers to move, such as 0.5"),
@@ -77,37 +77,37 @@ def training(*sizes: str) -> Table:
     )
 
 
-def patched(sizes: tuple[str, ...], *rest: Arg, pad: Arg = PAD_LEN, batches: Table = (BATCH, GLOBAL_BATCH)) -> Table:
+def patched(model: Arg, *rest: Arg, pad: Arg = PAD_LEN, batches: Table = (BATCH, GLOBAL_BATCH)) -> Table:
     """Arguments that begin as those of every launcher with a MEGATRON_PATCH_PATH do; `rest` follows TE."""
     return (
-        *(ENV, PATCH, size(*sizes), *batches, *RATES, SEQ_LEN, pad, EXTRA, PRECISION, TP, PP),
+        *(ENV, PATCH, model, *batches, *RATES, SEQ_LEN, pad, EXTRA, PRECISION, TP, PP),
         *(AC, DO, FL, SP, TE, *rest),
     )
 
 
-def megatron_pretraining(sizes: tuple[str, ...]) -> Table:
+def megatron_pretraining(model: Arg) -> Table:
     """24 arguments."""
-    return patched(sizes, SAVE, PREFIX, START, *TOKENS, OUTPUT)
+    return patched(model, SAVE, PREFIX, START, *TOKENS, OUTPUT)
 
 
-def megatron_finetuning(sizes: tuple[str, ...]) -> Table:
+def megatron_finetuning(model: Arg) -> Table:
     """22 arguments: the global batch is one micro-batch on every data-parallel rank, and a checkpoint ends an epoch."""
-    return patched(sizes, RECORDS, VALIDATION, START, EPOCH, OUTPUT, batches=(BATCH,))
+    return patched(model, RECORDS, VALIDATION, START, EPOCH, OUTPUT, batches=(BATCH,))
 
 
-def accumulating_finetuning(sizes: tuple[str, ...]) -> Table:
+def accumulating_finetuning(model: Arg) -> Table:
     """25 arguments."""
-    return patched(sizes, SAVE, RECORDS, VALIDATION, START, *ITERATIONS, OUTPUT)
+    return patched(model, SAVE, RECORDS, VALIDATION, START, *ITERATIONS, OUTPUT)
 
 
-def mixture_pretraining(sizes: tuple[str, ...]) -> Table:
+def mixture_pretraining(model: Arg) -> Table:
     """25 arguments."""
-    return patched(sizes, MOE, SAVE, PREFIX, START, *TOKENS, OUTPUT, pad=LONGEST)
+    return patched(model, MOE, SAVE, PREFIX, START, *TOKENS, OUTPUT, pad=LONGEST)
 
 
-def mixture_finetuning(sizes: tuple[str, ...], *experts: Arg) -> Table:
+def mixture_finetuning(model: Arg, *experts: Arg) -> Table:
     """26 arguments, or 27 with EP among the `experts`."""
-    return patched(sizes, MOE, *experts, SAVE, RECORDS, VALIDATION, START, *ITERATIONS, OUTPUT)
+    return patched(model, MOE, *experts, SAVE, RECORDS, VALIDATION, START, *ITERATIONS, OUTPUT)
 
 
 STAGES: Table = (
@@ -128,7 +128,8 @@ def data_variables(kind: str) -> Table:
 
 LLAMA = ("llama",)
 QWEN = ("qwen1_5", "qwen1_5_moe")
-QWEN_OR_MOE_SIZES = (*QWEN_SIZES, "A2.7B")
+LLAMA_SIZE = size(*LLAMA_SIZES)
+QWEN_SIZE, QWEN_OR_MOE_SIZE = (size(*QWEN_SIZES, *others, formerly={"13B": "14B"}) for others in ((), ("A2.7B",)))
 
 PRETRAINING = {"CP": 1, "SFT": False, "OPTIMIZER_OFFLOAD": "false"}
 FINETUNING = {"CP": 1, "SFT": True, "OPTIMIZER_OFFLOAD": "false"}
@@ -162,32 +163,32 @@ def finetuning(tables: tuple[Table, ...], families: tuple[str, ...], title: str,
     )
 
 
-TRAINING = training("7B", "7B-v0.2", "7B-v0.3", "8x7B")
+TRAINING = training(size("7B", "7B-v0.2", "7B-v0.3", "8x7B"))
 TRAINERS = {
     "mistral": Launcher("training", TRAINING, variables=data_variables("idxmap"), families=("mistral", "mixtral")),
     "deepseek": Launcher(
-        "training", training("A2.4B", "A21B"), variables=data_variables("idxmap"), families=("deepseek_v2",)
+        "training", training(size("A2.4B", "A21B")), variables=data_variables("idxmap"), families=("deepseek_v2",)
     ),
-    "llama-pretrain": pretraining(megatron_pretraining(LLAMA_SIZES), LLAMA, "megatron-llama", ONE_EP, MEGATRON_FLAGS),
-    "llama-finetune": finetuning((megatron_finetuning(LLAMA_SIZES),), LLAMA, "megatron-llama", ONE_EP),
+    "llama-pretrain": pretraining(megatron_pretraining(LLAMA_SIZE), LLAMA, "megatron-llama", ONE_EP, MEGATRON_FLAGS),
+    "llama-finetune": finetuning((megatron_finetuning(LLAMA_SIZE),), LLAMA, "megatron-llama", ONE_EP),
     "llama-mcore-pretrain": pretraining(
-        mixture_pretraining(LLAMA_SIZES), LLAMA, "mcore-llama", ONE_EP | TOP_2, LONGEST_FLAGS
+        mixture_pretraining(LLAMA_SIZE), LLAMA, "mcore-llama", ONE_EP | TOP_2, LONGEST_FLAGS
     ),
     "llama-mcore-finetune": finetuning(
-        (mixture_finetuning(LLAMA_SIZES), mixture_finetuning(LLAMA_SIZES, EP)), LLAMA, "mcore-llama", ONE_EP | TOP_2
+        (mixture_finetuning(LLAMA_SIZE), mixture_finetuning(LLAMA_SIZE, EP)), LLAMA, "mcore-llama", ONE_EP | TOP_2
     ),
-    "qwen-pretrain": pretraining(megatron_pretraining(QWEN_SIZES), QWEN, "megatron-qwen1.5", ONE_EP, MEGATRON_FLAGS),
-    "qwen-finetune": finetuning((megatron_finetuning(QWEN_SIZES),), QWEN, "megatron-qwen1.5", ONE_EP),
-    "qwen-finetune-ga": finetuning((accumulating_finetuning(QWEN_SIZES),), QWEN, "megatron-qwen1.5", ONE_EP),
+    "qwen-pretrain": pretraining(megatron_pretraining(QWEN_SIZE), QWEN, "megatron-qwen1.5", ONE_EP, MEGATRON_FLAGS),
+    "qwen-finetune": finetuning((megatron_finetuning(QWEN_SIZE),), QWEN, "megatron-qwen1.5", ONE_EP),
+    "qwen-finetune-ga": finetuning((accumulating_finetuning(QWEN_SIZE),), QWEN, "megatron-qwen1.5", ONE_EP),
     "qwen-mcore-pretrain": pretraining(
-        mixture_pretraining(QWEN_OR_MOE_SIZES), QWEN, "mcore-qwen1.5", ONE_EP | TOP_2, LONGEST_FLAGS
+        mixture_pretraining(QWEN_OR_MOE_SIZE), QWEN, "mcore-qwen1.5", ONE_EP | TOP_2, LONGEST_FLAGS
     ),
     "qwen-mcore-finetune": finetuning(
-        (mixture_finetuning(QWEN_OR_MOE_SIZES), mixture_finetuning(QWEN_OR_MOE_SIZES, EP)),
+        (mixture_finetuning(QWEN_OR_MOE_SIZE), mixture_finetuning(QWEN_OR_MOE_SIZE, EP)),
         *(QWEN, "mcore-qwen1.5", ONE_EP | TOP_2),
     ),
     "qwen-megablocks-pretrain": pretraining(
-        mixture_pretraining(QWEN_OR_MOE_SIZES), QWEN, "megablocks-qwen1.5", TOP_1, LONGEST_FLAGS
+        mixture_pretraining(QWEN_OR_MOE_SIZE), QWEN, "megablocks-qwen1.5", TOP_1, LONGEST_FLAGS
     ),
-    "qwen-megablocks-finetune": finetuning((mixture_finetuning(QWEN_OR_MOE_SIZES),), QWEN, "megablocks-qwen1.5", TOP_1),
+    "qwen-megablocks-finetune": finetuning((mixture_finetuning(QWEN_OR_MOE_SIZE),), QWEN, "megablocks-qwen1.5", TOP_1),
 }

@@ -1,5 +1,6 @@
 """Launchers as people type them: `sh` is dash, the directory is another one, and paths hold spaces."""
 
+import re
 import shutil
 import stat
 
@@ -18,6 +19,10 @@ from commands import (
     changed,
     through_shell,
 )
+from tiny import SCRIPTS as TRAINING_SCRIPTS
+from tiny import script_of
+
+from megatron_patch.launch.tables import LAUNCHERS
 
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)]
 
@@ -95,11 +100,27 @@ def test_the_planned_commands_exit_status_is_the_launchers(tmp_path, status):
     assert "7,241,732,096" in err
 
 
-def test_scripts_are_thin_posix_and_executable():
-    for script in (MISTRAL, CONVERTER, PREPROCESSOR):
-        text = script.read_text()
-        code = [line for line in text.splitlines() if line and not line.startswith("#")]
-        assert text.startswith("#!/bin/sh\n")
-        assert len(code) == 4
-        assert code[-1].startswith("exec python3 -m megatron_patch.launch ") and code[-1].endswith('"$@"')
-        assert script.stat().st_mode & stat.S_IXUSR
+SCRIPTS = [
+    *(path for path in (ROOT / "examples").rglob("*.sh") if path.parent.name != "quickstart"),
+    *(ROOT / "toolkits").rglob("*.sh"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.name}")
+def test_scripts_are_thin_posix_and_executable(script):
+    """A few lines that become Python; those that people edit have variables before them, and flags behind."""
+    text = script.read_text()
+    code = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    assert text.startswith("#!/bin/sh\n") and code[0] == "set -eu"
+    variables = [line for line in code[1:-3] if re.fullmatch(r'([A-Z_]+)="\$\{\1:-[^"$`]*\}"', line)]
+    assert len(code) == 4 + len(variables)
+    assert code[-1].startswith("exec python3 -m megatron_patch.launch ") and code[-1].endswith('"$@"')
+    assert script.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("launcher", TRAINING_SCRIPTS)
+def test_a_script_tells_its_arguments_in_their_order(launcher):
+    header = script_of(launcher).read_text().partition("\nset -eu")[0]
+    told = re.findall(r"(?<=[ #])(\d+) ([A-Z][A-Z_]+)\b", header)
+    table = LAUNCHERS[launcher].tables[-1]
+    assert told == [(str(number), arg.name) for number, arg in enumerate(table, 1)]

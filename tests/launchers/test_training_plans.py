@@ -207,6 +207,14 @@ def test_an_extra_vocabulary_must_add_up(planned, refused, material):
     assert not any("EXTRA_VOCAB_SIZE" in warning for warning in plan["warnings"])
 
 
+def test_a_size_has_its_former_name_too_and_pad_len_may_be_the_longest_sample(planned, material):
+    size = {"MODEL_SIZE": "13B", "PRETRAIN_CHECKPOINT_PATH": "none", "PAD_LEN": "40000"}
+    plan = planned("qwen-megablocks-pretrain", tiny("qwen-megablocks-pretrain", MOE="false", **size))
+    assert (plan["arguments"]["MODEL_SIZE"], plan["model"]["num_layers"]) == ("14B", 40)
+    assert plan["model"]["max_position_embeddings"] == 40000
+    assert "argument 9 (PAD_LEN) is 40000: max_position_embeddings, 32768 otherwise" in plan["warnings"]
+
+
 def test_transformer_engine_is_accepted_and_told_once(planned, material):
     notes = [text for text in planned("qwen-pretrain", tiny("qwen-pretrain", TE="true"))["warnings"] if "(TE)" in text]
     assert notes == ["argument 18 (TE) is true: accepted, but layers are PyTorch's; PR fp8 uses torchao"]
