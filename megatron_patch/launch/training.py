@@ -222,6 +222,9 @@ def _notes(request: Request, run: RunConfig, architecture: Architecture) -> list
         )
     if model.num_moe_experts and "EP" not in v:
         notes.append(f"EP is {run.parallel.expert_model_parallel_size}: what data-parallel ranks and experts can share")
+    longest = architecture.resolved.config.max_position_embeddings
+    if "{PAD_LEN}" in request.flags and v["PAD_LEN"] != longest:
+        notes.append(f"{request.where('PAD_LEN')} is {v['PAD_LEN']}: max_position_embeddings, {longest} otherwise")
     if v.get("TE"):
         notes.append(f"{request.where('TE')} is true: accepted, but layers are PyTorch's; PR fp8 uses torchao")
     if "EPOCH" in v and "GLOBAL_BATCH_SIZE" not in v:
