@@ -55,6 +55,13 @@ def test_the_tokenizers_own_template_comes_first_and_brings_the_only_bos(tokeniz
     assert "### Instruction:\ntwo?" in tokenizer.decode(family.tokens(TALK))
 
 
+def test_a_template_without_bos_gets_none(tokenizer):
+    tokenizer.chat_template = CHATML
+    ids = resolve_asking(tokenizer, None, "alpaca", wants_own=False).tokens(TALK)
+    assert ids == trained_on(tokenizer, resolve_renderer(None, tokenizer, "alpaca"), TALK)
+    assert tokenizer.bos_token_id not in ids
+
+
 def test_an_end_that_is_a_token_is_one_and_another_is_a_text(tokenizer):
     tokenizer.chat_template = CHATML
     assert resolve_asking(tokenizer, None, "alpaca", wants_own=False).stops((2,)) == ((2,), ("<|im_end|>",))
