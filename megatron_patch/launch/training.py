@@ -103,7 +103,7 @@ def plan(request: Request) -> dict[str, Any]:
 
 def _typed(request: Request) -> set[str]:
     """The flags of the settings that the user gave, as options or as arguments."""
-    given = {arg.name for arg in request.table} | request.environ.keys()
+    given = {arg.means for arg in request.table} | request.environ.keys()
     return {
         *names(request.options),
         *(flag(name) for name, capital in (CAPITALS | DECIDED).items() if capital in given),
