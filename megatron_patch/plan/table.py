@@ -6,6 +6,7 @@ from typing import Any
 
 INDENT = 2
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+HELD = ("layers", "experts", "embedding", "output_layer")
 MOST_ROWS = 32  # of a section that has one line for each rank
 
 
@@ -19,9 +20,22 @@ def render(plan: Mapping[str, Any]) -> str:
             shown = _memory if name == "memory" else _plain
             lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
         elif isinstance(section, list) and section and isinstance(section[0], Mapping):
-            lines += [name, *(" " * INDENT + line for line in _rows(section))]
+            rows = section if len(section) <= MOST_ROWS else _together(section)
+            lines += [name, *(" " * INDENT + line for line in _rows(rows))]
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
+
+
+def _together(ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for ranks that follow each other and hold the same, without their places on the axes."""
+    shown = [{key: row[key] for key in HELD if key in row} for row in ranks]
+    rows: list[dict[str, Any]] = []
+    for number, held in enumerate(shown):
+        if rows and rows[-1] == {"rank": rows[-1]["rank"]} | held:
+            rows[-1]["rank"] = f"{rows[-1]['rank'].split('–')[0]}–{number}"
+        else:
+            rows.append({"rank": str(number)} | held)
+    return rows
 
 
 def _rows(section: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -34,6 +48,8 @@ def _rows(section: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _memory(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(value) or "–"
     is_bytes = isinstance(value, int) and not isinstance(value, bool)
     return in_units(value) if is_bytes else _plain(value)
 

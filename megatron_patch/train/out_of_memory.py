@@ -8,6 +8,7 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import Grid
+from megatron_patch.plan.advice import USABLE, advice
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.table import in_units
 from megatron_patch.train.offload import resolve_offload
@@ -22,23 +23,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory(error: Exception, run: RunConfig, grid: Grid) -> str:
-    """One sentence: what could not be had, the plan's estimate by part, and which arguments to change."""
+    """One sentence: what could not be had, the plan's estimate by part, and what each change would leave it needing."""
     entries, device = manifest(ALL[run.family], run.model), torch.accelerator.current_accelerator()
     run = replace(run, memory=resolve_offload(run, entries, grid, device or torch.device("cpu")))
     parts = memory(run, entries, grid, on_cpu=device is None)
     estimate = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if isinstance(size, int))
-    remedies = _remedies(run, grid)
+    least = min([int(parts["total"]), *_present(device)])  # it did not fit, whatever the estimate says
+    changes = advice(run, entries, grid, int(least * USABLE), on_cpu=device is None)
+    remedies = "; ".join([*changes, "or shorter samples (SEQ_LEN)"])
     return f"out of memory ({first_words(error)}); the plan's estimate per device: {estimate}. To need less: {remedies}"
 
 
-def _remedies(run: RunConfig, grid: Grid) -> str:
-    has_host = run.memory.optimizer_offload_policy == "none" and torch.accelerator.is_available()
-    remedies = (
-        (run.micro_batch_size > 1, f"lower micro_batch_size (BATCH_SIZE, now {run.micro_batch_size})"),
-        (True, f"raise tensor_model_parallel_size (TP, now {grid.tp})"),
-        (run.memory.recompute_granularity != "full", "recompute activations (AC=full)"),
-        (has_host, "keep the optimizer on the host (OPTIMIZER_OFFLOAD=static)"),
-        (grid.dp > 1 and not run.parallel.use_distributed_optimizer, "shard the optimizer state (DO=true)"),
-        (True, "use shorter samples (SEQ_LEN)"),
-    )
-    return ", ".join(text for applies, text in remedies if applies)
+def _present(device: torch.device | None) -> list[int]:
+    """Bytes that the device has; a CPU's are shared with whatever else runs, and are not known afterwards."""
+    return [] if device is None else [torch.get_device_module(device).mem_get_info()[1]]

@@ -18,6 +18,7 @@ from megatron_patch.plan.machine import Machine, host_memory, known_peak, resolv
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.ranks import ranks
 from megatron_patch.plan.table import render
+from megatron_patch.train.out_of_memory import out_of_memory
 
 GIB = 2**30
 H200 = Machine("NVIDIA H200", 141 * GIB, known_peak("NVIDIA H200"), is_cpu=False)
@@ -119,6 +120,18 @@ def test_a_gpu_is_known_by_its_driver(tmp_path, monkeypatch):
 
 
 def test_a_long_list_of_ranks_is_cut_for_people():
-    rows = [{"rank": rank, "layers": "0–3"} for rank in range(40)]
-    text = render({"ranks": rows, "warnings": [], "command": ["x"]})
-    assert "  31    0–3" in text and "and 8 more" in text and "  32 " not in text
+    rows = [{"rank": rank, "tp": rank % 2, "layers": "0–3" if rank < 20 else "4–7"} for rank in range(40)]
+    lines = render({"ranks": rows, "warnings": [], "command": ["x"]}).splitlines()
+    assert lines[:4] == ["ranks", "  rank   layers", "  0–19   0–3", "  20–39  4–7"]
+    short = render({"ranks": rows[:3], "warnings": [], "command": ["x"]}).splitlines()
+    assert short[2:5] == ["  0     0   0–3", "  1     1   0–3", "  2     0   0–3"]
+
+
+def test_a_run_out_of_memory_is_told_what_would_need_less():
+    whole = run("mistral", "7B", micro_batch=2, use_distributed_optimizer=False)
+    told = out_of_memory(MemoryError("no more"), whole, resolve_grid(whole.parallel, 8))
+    needed = dataclasses.replace(whole, parallel=ParallelConfig())
+    total = memory(needed, manifest(ALL["mistral"], needed.model), resolve_grid(needed.parallel, 8), on_cpu=True)[
+        "total"
+    ]
+    assert "out of memory (no more)" in told and f"DO=true: {total / GIB:.4g} GiB" in told and "SEQ_LEN" in told
