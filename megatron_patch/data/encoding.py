@@ -1,12 +1,16 @@
 """Many texts to token ids at once: the tokenizer's own batches, with the spaces of Llama-style texts put in before."""
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from megatron_patch.data.pieces import in_groups, is_cut_after_newlines, pieces
 from megatron_patch.data.tokenizer import SPACE
 
+CHARACTERS = 1 << 20  # of a long text's pieces that are encoded at once
 MARK = 3  # of an added token's first characters: how few there are of these decides what looking for them costs
 
 Encode = Callable[[Sequence[str]], Iterable[list[int]]]  # texts → the ids of each
@@ -29,6 +33,7 @@ def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
         return lambda texts: _ids(backend, texts)
     bare = Tokenizer.from_str(backend.to_str())
     bare.normalizer = bare.pre_tokenizer = None
+    is_cut = is_cut_after_newlines(bare)
     marks = {content[:MARK] for content in added}
 
     def has_added(text: str) -> bool:
@@ -37,7 +42,7 @@ def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     def encode(texts: Sequence[str]) -> Iterable[list[int]]:
         is_whole = [has_added(text) for text in texts]
         spelt = [spell(text) for text, whole in zip(texts, is_whole, strict=True) if not whole]
-        plain = _ids(bare, spelt)
+        plain = _ids_of_pieces(bare, [pieces(text) for text in spelt]) if is_cut else _ids(bare, spelt)
         others = _ids(backend, [text for text, whole in zip(texts, is_whole, strict=True) if whole])
         return (next(others if whole else plain) for whole in is_whole)
 
@@ -47,6 +52,16 @@ def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
     """Encoded now, by all threads; made lists when they are asked for, which takes the interpreter's lock."""
     return (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _ids_of_pieces(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> Iterable[list[int]]:
+    """The same of texts in pieces. Of a long text only what was made of a few pieces is ever held beside their ids."""
+    every, is_long = chain.from_iterable(texts), any(len(text) > 1 for text in texts)
+    if not is_long:
+        return _ids(tokenizer, list(every))
+    made = [array("I", ids) for group in in_groups(every, CHARACTERS) for ids in _ids(tokenizer, group)]
+    ids = iter(made)
+    return (list(chain.from_iterable(islice(ids, len(text)))) for text in texts)
 
 
 def _spelling(tokenizer: Tokenizer) -> Spell | None:
