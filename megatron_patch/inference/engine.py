@@ -28,7 +28,7 @@ from megatron_patch.model.build import DTYPES
 from megatron_patch.model.decoder import GPTModel
 from megatron_patch.model.kernels import resolve_kernel
 from megatron_patch.model.router import TopKRouter
-from megatron_patch.parallel.grid import Grid, resolve_grid
+from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.parallel.mesh import Mesh, build_mesh, local_device, single_process, start_process_group
 from megatron_patch.parallel.stages import resolve_stages
 from megatron_patch.weights.load import load_weights
@@ -208,9 +208,13 @@ def _mesh(parallel: ParallelConfig) -> Mesh:
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         resolve_grid(parallel, 1)
         return single_process(local_device(0))
-    device = local_device(int(os.environ.get("LOCAL_RANK", "0"))) if dist.is_initialized() else None
-    device = device or start_process_group(TIMEOUT_MINUTES)
-    grid: Grid = resolve_grid(parallel, dist.get_world_size())
+    if not dist.is_initialized():
+        device = start_process_group(TIMEOUT_MINUTES)
+    elif dist.get_backend() == "gloo":
+        device = torch.device("cpu")
+    else:
+        device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    grid = resolve_grid(parallel, dist.get_world_size())
     return build_mesh(grid, device, sharded=False, sequence_parallel=False, timeout_minutes=TIMEOUT_MINUTES)
 
 
