@@ -111,6 +111,7 @@ IN_PROCESS = [
 ]
 
 
+@pytest.mark.usefixtures("through_dash")  # which goes on beside these
 @pytest.mark.parametrize(("launcher", "table"), IN_PROCESS, ids=lambda value: str(value))
 def test_what_a_launcher_starts_learns(material, tmp_path, monkeypatch, launcher, table):
     monkeypatch.chdir(material)
@@ -178,3 +179,27 @@ def test_what_was_made_of_a_dense_checkpoint_is_a_mixture_to_the_next_run(materi
     paths = {"PRETRAIN_CHECKPOINT_PATH": first.checkpoint.save, "OUTPUT_BASEPATH": str(tmp_path / "second")}
     second = trained("qwen-mcore-pretrain", tiny_command(table, "qwen1_5", **paths))
     assert second.model == first.model and not second.checkpoint.upcycle
+
+
+def test_what_training_wrote_becomes_experts_too(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(material)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    table, losses = LAUNCHERS["llama-mcore-pretrain"].tables[0], []
+    start = "llama"
+    for moe in ("false", "true"):
+        paths = {"PRETRAIN_CHECKPOINT_PATH": start, "OUTPUT_BASEPATH": str(tmp_path / moe)}
+        run = trained("llama-mcore-pretrain", [*tiny_command(table, "llama", MOE=moe, **paths), "--split", "90,10,0"])
+        losses.append([line.get("validation lm loss") for line in learned(run, material)])
+        start = run.checkpoint.save
+    assert losses[1][0] == pytest.approx(losses[0][-1], rel=1e-6)
+
+
+def test_experts_of_another_width_than_the_dense_model_are_refused(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(material)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    command = tiny_command(LAUNCHERS["llama-mcore-pretrain"].tables[0], "llama", OUTPUT_BASEPATH=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="an MLP 24 wide; the 8 experts of this run are made of a dense model's, 12 wide"
+    ):
+        trained("llama-mcore-pretrain", [*command, "--moe-ffn-hidden-size", "12", "--ffn-hidden-size", "12"])
+    assert not list(tmp_path.rglob("iter_*"))
