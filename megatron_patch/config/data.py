@@ -9,7 +9,9 @@ from megatron_patch.config.setting import setting
 class DataConfig:
     """Datasets, the tokenizer they need, and how samples are cut from them."""
 
-    train_data_path: tuple[str, ...] = setting("one prefix, or `weight prefix weight prefix …`; raw: one JSON file")
+    train_data_path: tuple[str, ...] = setting(
+        "one prefix, or `weight prefix weight prefix …`; raw: files, directories or patterns"
+    )
     valid_data_path: tuple[str, ...] = setting("the same for validation; equal to training: --split divides it")
     dataset: str = setting(
         "MMAP: .bin/.idx prefixes; MMAP-SFT: those of fine-tuning samples; JSON-SFT: raw instruction records",

@@ -12,21 +12,22 @@ from tqdm import tqdm
 from megatron_patch.data.index_header import IndexHeader, read_header
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.inputs import natural
-from megatron_patch.data.sidecar import describe, read_sidecar
+from megatron_patch.data.sidecar import FINE_TUNING, describe, read_sidecar
 
-SUMMED = ("documents", "sequences", "tokens", "empty")
+SUMMED = ("documents", "sequences", "tokens", "empty", "records")
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexHeader:
     """Write the documents of all `prefixes`, in this order, as one pair; it appears when it is complete.
 
-    Where all have a sidecar the result has one. Raises ValueError when token types or tokenizers differ.
+    Where all have a sidecar the result has one. Raises ValueError when token types, tokenizers or kinds of content differ.
     """
     headers = [read_header(prefix) for prefix in prefixes]
     sidecars = [read_sidecar(prefix) for prefix in prefixes]
     _check_alike([header.dtype for header in headers], prefixes, "token types")
-    known = [sidecar["tokenizer"]["sha256"] for sidecar in sidecars if sidecar]
-    _check_alike(known, [prefix for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar], "tokenizers")
+    described = {prefix: sidecar for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar}
+    for what, said in (("tokenizers", _tokenizer), ("kinds of content", _content)):
+        _check_alike([said(sidecar) for sidecar in described.values()], list(described), what)
     with IndexedDatasetBuilder(output_prefix, headers[0].dtype) as builder:
         for prefix in tqdm(prefixes, unit="dataset", disable=None):
             builder.append(IndexedDataset(prefix))
@@ -71,6 +72,16 @@ def _check_alike(values: Sequence[str], prefixes: Sequence[str], what: str) -> N
     for value, prefix in zip(values, prefixes, strict=True):
         if value != values[0]:
             raise ValueError(f"{prefixes[0]} and {prefix} have different {what}; only alike datasets are merged")
+
+
+def _tokenizer(sidecar: dict[str, Any]) -> str:
+    return sidecar["tokenizer"]["sha256"]
+
+
+def _content(sidecar: dict[str, Any]) -> tuple[Any, ...]:
+    """What its documents are: texts of any length, or samples of one."""
+    kind = sidecar.get("kind")
+    return (kind, sidecar.get("field"), sidecar["seq_length"] if kind == FINE_TUNING else None)
 
 
 def _together(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def check_made_for(prefix: str | os.PathLike[str], sample_length: int | None) ->
             f"{os.fspath(prefix)} holds {kind or 'pre-training'} data, not fine-tuning samples; "
             "build it with toolkits/sft_data_preprocessing"
         )
-    if sample_length is not None and made_with != sample_length:
+    if sample_length is not None and made_with not in (None, sample_length):
         raise ValueError(
             f"{os.fspath(prefix)} was made with SEQ_LEN {made_with}, and this run has SEQ_LEN {sample_length}; "
             "train with its own, or build it again"

@@ -21,10 +21,10 @@ def write(prefix, documents, dtype="uint16", description=None):
         builder.finalize(description)
 
 
-def described(tokens, vocabulary, name="t"):
+def described(tokens, vocabulary, name="t", **more):
     counts = {"documents": 1, "tokens": tokens, "longest": tokens, "empty": 0}
     return describe(
-        tokenizer_identity(name, vocabulary), "uint16", counts, [{"path": str(tokens)}], key="text", made=tokens
+        tokenizer_identity(name, vocabulary), "uint16", counts, [{"path": str(tokens)}], key="text", made=tokens, **more
     )
 
 
@@ -58,6 +58,7 @@ def test_what_they_say_about_themselves_is_added_up(tmp_path):
     [
         ({"dtype": "int32"}, "have different token types"),
         ({"description": described(1, {"y": 0})}, "have different tokenizers"),
+        ({"description": described(1, {"x": 0}, kind="fine-tuning", seq_length=8)}, "have different kinds of content"),
     ],
 )
 def test_datasets_that_differ_are_not_merged(second, told, tmp_path, capsys):
@@ -66,6 +67,20 @@ def test_datasets_that_differ_are_not_merged(second, told, tmp_path, capsys):
     assert main(["--input", f"{tmp_path}/in", "--output-prefix", f"{tmp_path}/all"]) == 1
     assert f"in/a and {tmp_path}/in/b {told}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_samples_are_merged_with_samples_of_their_length(tmp_path, capsys):
+    for name, length in (("a", 8), ("b", 8), ("c", 16)):
+        told = described(1, {"x": 0}, kind="fine-tuning", seq_length=length, records=3)
+        write(tmp_path / "in" / name, [[[1]]], description=told)
+    arguments = ["--input", f"{tmp_path}/in", "--output-prefix", f"{tmp_path}/all"]
+    assert main(arguments) == 1
+    assert f"in/a and {tmp_path}/in/c have different kinds of content" in capsys.readouterr().err
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"in/c{suffix}").unlink()
+    assert main(arguments) == 0
+    told = json.loads((tmp_path / "all.json").read_text())
+    assert (told["kind"], told["seq_length"], told["records"]) == ("fine-tuning", 8, 6)
 
 
 @pytest.mark.parametrize("directory", ["absent", "."])
