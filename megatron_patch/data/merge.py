@@ -20,7 +20,8 @@ SUMMED = ("documents", "sequences", "tokens", "empty", "records")
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexHeader:
     """Write the documents of all `prefixes`, in this order, as one pair; it appears when it is complete.
 
-    Where all have a sidecar the result has one. Raises ValueError when token types, tokenizers or kinds of content differ.
+    Where all have a sidecar the result has one. Raises ValueError when token types, tokenizers or kinds of content
+    differ.
     """
     headers = [read_header(prefix) for prefix in prefixes]
     sidecars = [read_sidecar(prefix) for prefix in prefixes]
