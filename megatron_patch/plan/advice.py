@@ -47,6 +47,11 @@ def _changes(run: RunConfig, *, on_cpu: bool) -> Iterator[Change]:
     if kept.recompute_granularity != "full":
         full = replace(kept, recompute_granularity="full", cpu_offloading_num_layers=0)
         yield "AC=full", replace(run, memory=full)
+    if kept.recompute_granularity == "none" and not kept.cpu_offloading_num_layers and not on_cpu:
+        most = -(-run.model.num_layers // parallel.pipeline_model_parallel_size)
+        for layers in (most // 2, most):
+            away = replace(kept, cpu_offloading_num_layers=layers)
+            yield f"AC=offload MP_AC_LAYERS={layers}", replace(run, memory=away)
     if kept.optimizer_offload_policy == "none" and not on_cpu:
         for share in SHARES:
             static = replace(kept, optimizer_offload_policy="static", optimizer_offload_fraction=share)

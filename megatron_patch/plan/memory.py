@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import EMBEDDING, Entry
@@ -34,6 +35,8 @@ def memory(run: RunConfig, entries: list[Entry], grid: Grid, *, on_cpu: bool = F
 def _stage_memory(
     run: RunConfig, entries: list[Entry], grid: Grid, stages: list[list[range]], stage: int, on_cpu: bool
 ) -> dict[str, int | str]:
+    if on_cpu:  # there, activations are offloaded to where they are
+        run = replace(run, memory=replace(run.memory, cpu_offloading_num_layers=0))
     weights = _weights(run, _entries_of(entries, run, stages, stage), grid, stages[stage])
     kept = activations(run, grid, BYTES[run.precision], stages, stage)
     is_accumulating = run.global_batch_size > run.micro_batch_size * grid.dp

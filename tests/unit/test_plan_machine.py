@@ -85,6 +85,14 @@ def test_two_changes_are_named_where_none_alone_is_enough():
     assert all("not enough" in change for change in changes[1:])
 
 
+def test_activations_are_offloaded_from_a_gpu_and_stay_with_a_cpu():
+    whole = run("mistral", "7B")
+    away = dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, cpu_offloading_num_layers=32))
+    entries, grid = manifest(ALL["mistral"], whole.model), resolve_grid(whole.parallel, 8)
+    assert memory(whole, entries, grid)["activations"] > 0 == memory(away, entries, grid)["activations"]
+    assert memory(whole, entries, grid, on_cpu=True) == memory(away, entries, grid, on_cpu=True)
+
+
 def test_what_was_typed_is_no_default():
     whole = run("mistral", "7B")
     grid = resolve_grid(whole.parallel, 1)
