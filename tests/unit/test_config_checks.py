@@ -69,7 +69,7 @@ def test_a_run_that_fits_has_no_problem():
         ("--log-file=", 1, "log_file '' is empty"),
         ("--lr nan", 1, "lr nan must be 0 or more"),
         ("--micro-batch-size 0", 1, "micro_batch_size 0 must be at least 1"),
-        ("--eval-iters 0", 1, "eval_iters 0 must be at least 1"),
+        ("--eval-iters -1", 1, "eval_iters -1 must be 0 or more"),
         ("--window-size 0", 1, "window_size 0 must be at least 1"),
         ("--adam-beta2 1", 1, "adam_beta2 1.0 must be 0 or more and less than 1"),
         ("--adam-eps 0", 1, "adam_eps 0.0 must be more than 0"),
