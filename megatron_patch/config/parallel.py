@@ -21,4 +21,4 @@ class ParallelConfig:
         "shard master weights, gradients and optimizer state over the data-parallel ranks (else each holds them all)",
         True,
     )
-    distributed_timeout_minutes: float = setting("longest wait for another rank before the run ends", 10.0)
+    distributed_timeout_minutes: float = setting("longest wait for a rank that does not move before the run ends", 10.0)

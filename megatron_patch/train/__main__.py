@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+import threading
 import traceback
 
 import torch.distributed as dist
@@ -52,7 +53,16 @@ def _train(run: RunConfig, grid: Grid) -> None:
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
     train(run, mesh)
+    _leave(parallel.distributed_timeout_minutes)
+
+
+def _leave(timeout_minutes: float) -> None:
+    """Close the process groups; where that hangs, end the rank all the same: all that it made is on the disk."""
+    end = threading.Timer(60 * timeout_minutes, os._exit, (0,))
+    end.daemon = True
+    end.start()
     dist.destroy_process_group()
+    end.cancel()
 
 
 def _explained(error: Exception, run: RunConfig, world: int) -> Report:
