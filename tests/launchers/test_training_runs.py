@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, StartedError, clean_environment
+from commands import ROOT, StartedError, clean_environment, through_shell
 from tiny import RECORDS, SCRIPTS, script_of, tiny_command, write_material
 
 from megatron_patch.config.flags import from_flags
@@ -18,29 +18,16 @@ from megatron_patch.train.loop import train
 
 PATIENCE = 180  # seconds, for a busy machine
 # What no other launcher does, and the scripts that people edit, through the shell; the others in this process.
-THROUGH_DASH = ("llama-finetune", "qwen-megablocks-pretrain")
+THROUGH_DASH = ("qwen-megablocks-pretrain",)
 SHORT = [*("--seq-length", "16", "--train-iters", "2", "--global-batch-size", "2", "--precision", "fp32")]
 SCRIPT_FLAGS = {
     "mistral/pretrain_mistral_7b_ptd.sh": [
         *SHORT,
         *("--load", "mistral", "--finetune", "--model-size", "auto", "--use-mc2", "--pre-tockens", "65536"),
-        "--sliding-window",
-        "4",
-        "--eval-iters",
-        "1",
-        "--split",
-        "90,10,0",
-    ],
-    "mixtral/mixtral_4x7b_example.sh": [
-        *SHORT,
-        "--model-size",
-        "auto",
-        "--lr-warmup-iters",
-        "0",
-        "--tokenizer-model",
-        "words",
+        *("--sliding-window", "4", "--eval-iters", "1", "--split", "90,10,0"),
     ],
 }
+MIXTRAL_FLAGS = [*SHORT, "--model-size", "auto", "--lr-warmup-iters", "0", "--tokenizer-model", "words"]
 VALUES = {
     "DATA_PATH": "tokens", "TOKENIZER_MODEL": "words", "CKPT_SAVE_DIR": "out", "CHECKPOINT_PATH": "mixtral",
     "BLENDED_DATA": "0.6 tokens 0.4 tokens", "SAVE_PATH": "out", "GPUS_PER_NODE": "1", "TP": "1", "PP": "1",
@@ -99,11 +86,15 @@ def trained(launcher: str, arguments: list[str]) -> RunConfig:
     """Launch in this process, and become the one rank of the planned command."""
     with pytest.raises(StartedError) as started:
         main([launcher, *arguments])
-    command = started.value.args[0]
-    assert command[command.index("--nproc-per-node") + 1] == "1"
-    run = from_flags(command[command.index("megatron_patch.train") + 1 :])
+    run = planned_run(started.value.args[0])
     train(run, single_process())
     return run
+
+
+def planned_run(command: list[str]) -> RunConfig:
+    """What the one rank of a planned command is told."""
+    assert command[command.index("--nproc-per-node") + 1] == "1"
+    return from_flags(command[command.index("megatron_patch.train") + 1 :])
 
 
 IN_PROCESS = [
@@ -128,11 +119,14 @@ def table_names(launcher: str, number: int) -> list[str]:
     return [arg.name for arg in LAUNCHERS[launcher].tables[number]]
 
 
-def test_an_epoch_ends_with_a_checkpoint_through_dash(through_dash):
-    said, folder = ended(through_dash, "llama-finetune")
-    assert "an epoch is 5 iterations of 2 samples" in said
-    (directory,) = (folder / "out/checkpoint").iterdir()
-    assert sorted(path.name for path in directory.glob("iter_*")) == ["iter_0000005", "iter_0000010"]
+def test_an_epoch_ends_with_a_checkpoint(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(material)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    table = LAUNCHERS["llama-finetune"].tables[0]
+    run = trained("llama-finetune", tiny_command(table, "llama", OUTPUT_BASEPATH=str(tmp_path)))
+    assert "an epoch is 5 iterations of 2 samples" in capsys.readouterr().err
+    saved = sorted(path.name for path in Path(run.checkpoint.save).glob("iter_*"))
+    assert saved == ["iter_0000005", "iter_0000010"]
 
 
 def test_a_dense_checkpoint_becomes_experts_through_dash(through_dash):
@@ -151,10 +145,16 @@ def test_modellinks_script_trains_through_dash(through_dash):
     assert (folder / "out/iter_0000002").is_dir()
 
 
-def test_mixtral_trains_script_trains_through_dash_and_validates_nothing(through_dash):
-    said, folder = ended(through_dash, "mixtral/mixtral_4x7b_example.sh")
-    assert "starting from hf" in said and "validation loss" not in said
-    assert (folder / "out/iter_0000002").is_dir()
+def test_mixtral_trains_script_plans_through_dash_a_run_that_validates_nothing(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(material)
+    script, variables = ROOT / "examples/mixtral/mixtral_4x7b_example.sh", VALUES | {"SAVE_PATH": str(tmp_path)}
+    status, plan, said = through_shell("sh", script, MIXTRAL_FLAGS, material, MP_DRY_RUN="1", **variables)
+    assert status == 0, said
+    run = planned_run(plan["command"])
+    assert run.data.train_data_path == ("0.6", "tokens", "0.4", "tokens")
+    train(run, single_process())
+    assert not any("validation lm loss" in line for line in learned(run, material))
+    assert (tmp_path / "iter_0000002").is_dir()
 
 
 def test_experts_made_while_loading_compute_what_the_dense_model_does(material, tmp_path, monkeypatch):
