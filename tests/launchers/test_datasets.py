@@ -8,6 +8,7 @@ import pytest
 from commands import PRETRAINING, RAW_FINE_TUNING, changed
 from test_planning import flags
 
+from megatron_patch.data import preprocess_sft
 from megatron_patch.data.index_header import CODES, MAGIC
 
 
@@ -112,3 +113,16 @@ def test_a_dataset_of_another_kind_is_said_before_the_run(refused, command, tmp_
     assert "a was made with SEQ_LEN 64, and this run has SEQ_LEN 128" in refused(
         "mistral", changed(command, SFT="true")
     )
+
+
+def test_fine_tuning_preprocessing_takes_directories_and_patterns(planned, refused, tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    for name in ("in/1.jsonl", "in/deep/2.csv.gz", "t"):
+        (tmp_path / name).touch()
+    rest = ["MistralTokenizer", "64", "out/data", ".", "true"]
+    for words in (["in"], ["in/*.jsonl"], ["in/deep"], ["in/1.jsonl"]):
+        plan = planned("sft-dataset", [*words, *rest, "--map-keys", '{"prompt": "q"}', "--skip-bad-lines"])
+        assert plan["warnings"] == []
+        options = preprocess_sft._parser().parse_args(plan["command"][3:])
+        assert (options.input, options.map_keys, options.skip_bad_lines) == (words, '{"prompt": "q"}', True)
+    assert "holds 1 JSON and 1 CSV files" in refused("sft-dataset", ["in", *rest, "--recursive"])
