@@ -1,7 +1,8 @@
 """What to change when a run does not fit its devices, and how much memory each change would leave it needing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from megatron_patch.config.checks import problems
 from megatron_patch.config.run import RunConfig
@@ -11,6 +12,7 @@ from megatron_patch.plan.memory import memory
 from megatron_patch.plan.table import in_units
 
 USABLE = 0.9  # of a device's memory: the rest is for kernels, communication and fragments
+FACTORS = (2, 4, 8, 16)  # of the ranks
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Change = tuple[str, RunConfig]
 
@@ -18,7 +20,8 @@ Change = tuple[str, RunConfig]
 def advice(run: RunConfig, entries: list[Entry], grid: Grid, available: int, *, on_cpu: bool) -> list[str]:
     """Changes with the memory that the run would then need, those that fit first, the smallest first.
 
-    Of one kind of change the least that fits is named, or the most there is. Two at once where none alone is enough.
+    Of one kind of change the least that fits is named, or the most there is. Two at once where none alone is enough,
+    and where they are not either, more ranks.
     """
     alone = list(_measured(_changes(run, on_cpu=on_cpu), entries, grid.world, available, on_cpu))
     if any(needed <= available for _, needed in alone):
@@ -29,8 +32,24 @@ def advice(run: RunConfig, entries: list[Entry], grid: Grid, available: int, *, 
         for second, twice in _changes(once, on_cpu=on_cpu)
         if first.split("=")[0] < second.split("=")[0]
     ]
-    together = [one for one in _measured(iter(pairs), entries, grid.world, available, on_cpu) if one[1] <= available]
-    return _sentences(together[:1] + alone, available)
+    together = [one for one in _measured(pairs, entries, grid.world, available, on_cpu) if one[1] <= available]
+    ranks = [] if on_cpu or together else _more_ranks(run, entries, grid.world, available)
+    return _sentences([*together[:1], *ranks, *alone], available)
+
+
+def _more_ranks(run: RunConfig, entries: list[Entry], world: int, available: int) -> list[tuple[str, int]]:
+    """The fewest ranks, doubled again and again, on which the run fits as it is or with one change."""
+    for ranks in (world * factor for factor in FACTORS):
+        fitting = [
+            (f"{ranks} ranks{f' and {text}' if text else ''}", needed)
+            for text, needed in _measured(
+                chain([("", run)], _changes(run, on_cpu=False)), entries, ranks, available, False
+            )
+            if needed <= available
+        ]
+        if fitting:
+            return fitting[:1]
+    return []
 
 
 def _changes(run: RunConfig, *, on_cpu: bool) -> Iterator[Change]:
@@ -62,7 +81,7 @@ def _changes(run: RunConfig, *, on_cpu: bool) -> Iterator[Change]:
 
 
 def _measured(
-    changes: Iterator[Change], entries: list[Entry], world: int, available: int, on_cpu: bool
+    changes: Iterable[Change], entries: list[Entry], world: int, available: int, on_cpu: bool
 ) -> Iterator[tuple[str, int]]:
     """Of each kind of change that breaks no rule, the first that fits, or the last."""
     found: dict[str, tuple[str, int]] = {}

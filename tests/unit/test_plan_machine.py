@@ -143,3 +143,13 @@ def test_a_run_out_of_memory_is_told_what_would_need_less():
         "total"
     ]
     assert "out of memory (no more)" in told and f"DO=true: {total / GIB:.4g} GiB" in told and "SEQ_LEN" in told
+
+
+def test_more_ranks_are_named_where_nothing_else_is_enough():
+    whole = run("mistral", "7B", global_batch=4)
+    entries = manifest(ALL["mistral"], whole.model)
+    first, *others = advice(whole, entries, resolve_grid(whole.parallel, 1), 40 * GIB, on_cpu=False)
+    kept = dataclasses.replace(whole.memory, optimizer_offload_policy="static", optimizer_offload_fraction=0.75)
+    needed = memory(dataclasses.replace(whole, memory=kept), entries, resolve_grid(whole.parallel, 4))["total"]
+    assert needed <= 40 * GIB and first == f"4 ranks and OPTIMIZER_OFFLOAD=0.75: {needed / GIB:.4g} GiB"
+    assert others and all("not enough" in other for other in others)
