@@ -2,23 +2,18 @@
 
 from megatron_patch.launch.launcher import Launcher
 from megatron_patch.launch.positional import Arg, Switch, Table
-from megatron_patch.launch.script_tables import CLUSTER, SAME_HERE, ignored
+from megatron_patch.launch.script_tables import CLUSTER, MODEL_PARALLEL, SAME_HERE, TOKENIZER, ignored
 from megatron_patch.launch.values import COUNT, SWITCH, WHOLE, count, one_of, optional, switch, whole, words
 
 TASKS = {"mmlu": "mmlu_local", "ceval": "ceval-valid_local", "cmmlu": "cmmlu_local"}
 
 EVALUATION: Table = (
     *CLUSTER,
-    Arg("--tensor-model-parallel-size", count, f"{COUNT}: tensor-parallel ranks", default="1", means="TP"),
-    Arg("--pipeline-model-parallel-size", count, f"{COUNT}: pipeline stages", default="1", means="PP"),
-    Arg("--expert-model-parallel-size", count, f"{COUNT}: expert-parallel ranks", default="1", means="EP"),
+    *MODEL_PARALLEL,
     Arg("--task", one_of(*TASKS), ", ".join(TASKS), default="mmlu", means="TASK"),
     Arg("--task-data-path", words, "the directory of the task's test files, beside dev", means="DATA_PATH"),
     Arg("--load", words, "a checkpoint directory", means="CHECKPOINT"),
-    *(
-        Arg(name, optional(words), "the tokenizer's directory", default="", means=means)
-        for name, means in (("--tokenizer-name-or-path", "TOKENIZER_PATH"), ("--tokenizer-model", "TOKENIZER_MODEL"))
-    ),
+    *TOKENIZER,
     Arg("--evaluation-batch-size", count, f"{COUNT}: texts scored together", default="1", means="BATCH_SIZE"),
     Arg("--num-fewshot", whole, f"{WHOLE}: examples before each question", default="5", means="NUM_FEWSHOT"),
     Arg("--limit", optional(whole), f"{WHOLE}: questions of each subject", default="", means="LIMIT"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.config.model import ModelConfig
+from megatron_patch.families import ALL
 from megatron_patch.families.resolve import from_checkpoint
 from megatron_patch.launch import cluster
 from megatron_patch.launch.options import check_options
@@ -31,7 +32,7 @@ def plan(request: Request) -> dict[str, Any]:
     tokenizer = v["TOKENIZER_PATH"] or v["TOKENIZER_MODEL"]
     obstacles = [f"the tokenizer {tokenizer!r} does not exist"] if tokenizer and not Path(tokenizer).exists() else []
     try:
-        _check_layout(request, from_checkpoint(request.families, "auto", v["CHECKPOINT"]).config, ranks.world)
+        _check_layout(request, from_checkpoint(tuple(ALL), "auto", v["CHECKPOINT"]).config, ranks.world)
     except OSError as error:
         obstacles.append(f"--load: {error}")
     if obstacles and not request.is_dry:

@@ -37,11 +37,14 @@ CLUSTER: Table = (
     Arg("--master-addr", words, "the first node's name or address", default="localhost", means="MASTER_ADDR"),
     Arg("--master-port", count, f"{COUNT}: a port of the first node", default="6000", means="MASTER_PORT"),
 )
-SIZES: Table = (
+MODEL_PARALLEL: Table = (
     Arg("--tensor-model-parallel-size", count, f"{COUNT}: tensor-parallel ranks", default="1", means="TP"),
     Arg("--pipeline-model-parallel-size", count, f"{COUNT}: pipeline stages", default="1", means="PP"),
-    Arg("--context-parallel-size", count, f"{COUNT}: context-parallel ranks", default="1", means="CP"),
     Arg("--expert-model-parallel-size", count, f"{COUNT}: expert-parallel ranks", default="1", means="EP"),
+)
+SIZES: Table = (
+    *MODEL_PARALLEL,
+    Arg("--context-parallel-size", count, f"{COUNT}: context-parallel ranks", default="1", means="CP"),
     Switch("--sequence-parallel", switch, SWITCH, default="false", means="SP"),
     Switch("--use-distributed-optimizer", switch, SWITCH, default="false", means="DO"),
     Switch("--use-flash-attn", switch, SWITCH, default="false", means="FL"),
@@ -59,20 +62,15 @@ SCHEDULE: Table = (
     Switch("--bf16", switch, SWITCH, default="false", means="BF16"),
     Switch("--fp16", switch, SWITCH, default="false", means="FP16"),
 )
+TOKENIZER: Table = tuple(
+    Arg(name, optional(words), "the tokenizer's directory, or its tokenizer.model", default="", means=means)
+    for name, means in (("--tokenizer-name-or-path", "TOKENIZER_PATH"), ("--tokenizer-model", "TOKENIZER_MODEL"))
+)
 PATHS: Table = (
     Several("--data-path", lines, "a .bin/.idx prefix, or weights and prefixes", means="DATASET_PATH"),
     Arg("--save", words, "the directory for checkpoints", means="CKPT_SAVE_DIR"),
-    Arg(
-        "--load",
-        words,
-        "a checkpoint directory, or none",
-        default="none",
-        means="PRETRAIN_CHECKPOINT_PATH",
-    ),
-    *(
-        Arg(name, optional(words), "the tokenizer's directory, or its tokenizer.model", default="", means=means)
-        for name, means in (("--tokenizer-name-or-path", "TOKENIZER_PATH"), ("--tokenizer-model", "TOKENIZER_MODEL"))
-    ),
+    Arg("--load", words, "a checkpoint directory, or none", default="none", means="PRETRAIN_CHECKPOINT_PATH"),
+    *TOKENIZER,
 )
 SAME_HERE: Table = (
     Switch("--finetune", switch, f"{SWITCH}: start from the first iteration, as --load always does", default="true"),
