@@ -13,14 +13,12 @@ from megatron_patch.launch.positional import (
     choose,
     divide,
     numbered,
-    place,
     read,
     read_flags,
     read_variables,
     typed,
 )
 from megatron_patch.launch.tables import DRY_RUN, LAUNCHERS
-from megatron_patch.launch.unbuilt import check_built
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +59,6 @@ def _request(launcher: Launcher, argv: list[str]) -> Request:
         values, texts = read(table, given), typed(table, given)
     values = {**launcher.implied, **values, **read_variables(launcher.variables, os.environ)}
     is_dry = read_variables((DRY_RUN,), os.environ)[DRY_RUN.name]
-    check_built(launcher.unbuilt, values, lambda name: place(table, name))
     return Request(
         *(table, values, texts, options, os.environ, launcher.families, is_dry),
         *(launcher.format, launcher.flags, launcher.title),

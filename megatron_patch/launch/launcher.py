@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from megatron_patch.launch.positional import Arg, Table
-from megatron_patch.launch.unbuilt import Line
 from megatron_patch.launch.values import WHOLE, one_of, whole
 
 
 class Launcher:
-    """What one script runs: the module that plans it, its tables, what it refuses for now, the families it serves.
+    """What one script runs: the module that plans it, its tables, the families it serves.
 
     Several `tables` are spellings of one command that documents give; `format` is what a converter writes. `is_flags`:
     the table names `--flags`, and there are no positionals. Of a training launcher, `implied` are the values that its
@@ -17,16 +16,13 @@ class Launcher:
     and `title` is what its runs are called.
     """
 
-    __slots__ = (
-        *("families", "flags", "format", "implied", "is_flags", "module", "tables", "title", "unbuilt", "variables"),
-    )
+    __slots__ = ("families", "flags", "format", "implied", "is_flags", "module", "tables", "title", "variables")
 
     def __init__(
         self,
         module: str,
         *tables: Table,
         variables: Table = (),
-        unbuilt: tuple[Line, ...] = (),
         families: tuple[str, ...] = (),
         format: str = "",
         is_flags: bool = False,
@@ -34,7 +30,7 @@ class Launcher:
         flags: tuple[str, ...] = (),
         title: str = "",
     ) -> None:
-        self.module, self.tables, self.variables, self.unbuilt = module, tables, variables, unbuilt
+        self.module, self.tables, self.variables = module, tables, variables
         self.families, self.format, self.is_flags = families, format, is_flags
         self.implied, self.flags, self.title = implied, flags, title
 

@@ -187,7 +187,7 @@ class Request:
     `families`, `format`, `flags` and `title` are the launcher's, and so are the values of what its table leaves out.
     """
 
-    __slots__ = (*("environ", "families", "flags", "format", "is_dry", "options", "table", "texts", "title", "values"),)
+    __slots__ = ("environ", "families", "flags", "format", "is_dry", "options", "table", "texts", "title", "values")
 
     def __init__(
         self,

@@ -24,9 +24,7 @@ from megatron_patch.families import ALL
 from megatron_patch.launch import training_tables
 from megatron_patch.launch.__main__ import main
 from megatron_patch.launch.cluster import cores
-from megatron_patch.launch.positional import UsageError
 from megatron_patch.launch.tables import LAUNCHERS
-from megatron_patch.launch.unbuilt import check_built
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -88,13 +86,6 @@ def test_switches_are_read_in_any_case(planned):
     plan = planned("mistral", changed(PRETRAINING, SP="True", DO="FALSE", AC="None", OPTIMIZER_OFFLOAD="False"))
     assert plan["parallel"]["sequence_parallel"] is True
     assert plan["parallel"]["use_distributed_optimizer"] is False
-
-
-def test_what_is_not_built_says_so():
-    lines = (("SFT", lambda values: values["SFT"], "learning", "false"), ("SP", lambda values: True, "this", "that"))
-    with pytest.raises(UsageError) as refusal:
-        check_built(lines, {"SFT": True, "TP": 1}, lambda name: f"argument 17 ({name})")
-    assert str(refusal.value) == "argument 17 (SFT) is true: learning is not built yet; use false"
 
 
 @pytest.mark.parametrize(
