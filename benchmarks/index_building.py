@@ -27,7 +27,7 @@ Build = Callable[[], Sequence[np.ndarray]]
 SEED = 1234
 STATED = 0.14  # seconds of Megatron-Core 0.16.1 for the last case below, all three indices
 CASES = ((1024, 1), (1024, 3), (256, 4))  # sequence length, epochs: the last gives 1.6 million samples
-RUN_LENGTH, EPOCHS = 1024, 3  # of each dataset of a whole run
+RUN_LENGTH, EPOCHS = CASES[-1]  # of each dataset of a whole run
 BLENDS = ([0.7, 0.3], [0.4, 0.3, 0.2, 0.1], np.random.RandomState(0).dirichlet([1.0] * 20).tolist())
 
 
