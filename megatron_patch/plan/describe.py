@@ -1,7 +1,7 @@
 """A run as the sections of its plan: plain numbers and texts, ready for JSON."""
 
 from collections.abc import Collection
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 from megatron_patch.config.checks import sample_length
@@ -15,6 +15,7 @@ from megatron_patch.plan.advice import USABLE, advice
 from megatron_patch.plan.flops import training_flops
 from megatron_patch.plan.machine import Machine
 from megatron_patch.plan.memory import memory
+from megatron_patch.plan.offload import fitting
 from megatron_patch.plan.ranks import ranks
 from megatron_patch.plan.schedule import schedule
 from megatron_patch.plan.speed import speed
@@ -97,6 +98,9 @@ def _memory(run: RunConfig, family: Family, grid: Grid, machine: Machine) -> dic
     if machine.memory is None:
         return {**parts, "device": machine.device, "device_memory": None, "fits": None, "advice": []}
     available = int(machine.memory * USABLE)
+    if run.memory.optimizer_offload_policy == "auto" and not machine.is_cpu:  # as the ranks will find
+        run = replace(run, memory=fitting(run, entries, grid, available))
+        parts = memory(run, entries, grid)
     fits = int(parts["total"]) <= available
     changes = [] if fits else advice(run, entries, grid, available, on_cpu=machine.is_cpu)
     return {**parts, "device": machine.device, "device_memory": machine.memory, "fits": fits, "advice": changes}

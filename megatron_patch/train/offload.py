@@ -1,4 +1,4 @@
-"""How much of the optimizer an automatic offload moves: as few layers as let the plan's estimate fit the device."""
+"""What an automatic offload of the optimizer becomes on the device of a rank, and what the log says of it."""
 
 import dataclasses
 
@@ -9,9 +9,8 @@ from megatron_patch.config.run import RunConfig
 from megatron_patch.families.manifest import Entry
 from megatron_patch.parallel.grid import Grid
 from megatron_patch.parallel.stages import resolve_stages
-from megatron_patch.plan.memory import memory as planned_memory
-
-USABLE = 0.9  # of a device's memory: the rest is for kernels, communication and fragments
+from megatron_patch.plan.advice import USABLE
+from megatron_patch.plan.offload import fitting
 
 
 def resolve_offload(run: RunConfig, entries: list[Entry], grid: Grid, device: torch.device) -> MemoryConfig:
@@ -32,16 +31,3 @@ def described(run: RunConfig) -> list[str]:
         return []
     rest = ", embedding and output layer" if run.memory.is_all_on_host else ""
     return [f"offload: master weights and optimizer state of {moved} of {layers} layers{rest} stand in host memory"]
-
-
-def fitting(run: RunConfig, entries: list[Entry], grid: Grid, available: int) -> MemoryConfig:
-    """The least offload with which the plan's estimate is at most `available` bytes; all, where none is enough."""
-    layers = run.model.num_layers
-    for moved in range(layers + 1):
-        policy = "static" if moved else "none"
-        choice = dataclasses.replace(
-            run.memory, optimizer_offload_policy=policy, optimizer_offload_fraction=moved / layers
-        )
-        if planned_memory(dataclasses.replace(run, memory=choice), entries, grid)["total"] <= available:
-            return choice
-    return choice

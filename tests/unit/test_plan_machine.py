@@ -93,6 +93,17 @@ def test_activations_are_offloaded_from_a_gpu_and_stay_with_a_cpu():
     assert memory(whole, entries, grid, on_cpu=True) == memory(away, entries, grid, on_cpu=True)
 
 
+def test_an_automatic_offload_is_planned_as_the_ranks_will_find_it():
+    whole = run("mistral", "7B")
+    auto = dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, optimizer_offload_policy="auto"))
+    grid, small = resolve_grid(whole.parallel, 8), dataclasses.replace(H200, memory=80 * GIB)
+    before = describe(whole, ALL["mistral"], grid, dataclasses.replace(small, memory=10 * GIB))["memory"]
+    tight = dataclasses.replace(small, memory=int(before["total"] / 0.9) - GIB)
+    after = describe(auto, ALL["mistral"], grid, tight)["memory"]
+    assert not describe(whole, ALL["mistral"], grid, tight)["memory"]["fits"] and after["fits"]
+    assert after["host"] > 0 and before["optimizer"] > after["optimizer"] > 0
+
+
 def test_what_was_typed_is_no_default():
     whole = run("mistral", "7B")
     grid = resolve_grid(whole.parallel, 1)

@@ -12,7 +12,8 @@ from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.parallel.grid import resolve_grid
 from megatron_patch.plan.memory import memory
-from megatron_patch.train.offload import described, fitting, resolve_offload
+from megatron_patch.plan.offload import fitting
+from megatron_patch.train.offload import described, resolve_offload
 
 SIZES = {
     "num-layers": 8,
