@@ -4,12 +4,11 @@ Standard library only. A handler is a row of `HANDLERS`; what differs is data, a
 of many turns.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from megatron_patch.data.json_lines import Record
+from megatron_patch.data.json_lines import Record, parse_object
 from megatron_patch.data.prompts import Conversation, Turn
 from megatron_patch.data.records import conversation, text_of
 
@@ -41,19 +40,14 @@ def resolve_handler(name: str, map_keys: str | None = None) -> Handler:
 
 
 def _mapped(columns: Columns, name: str, map_keys: str) -> Columns:
-    try:
-        given = json.loads(map_keys)
-    except ValueError as error:
-        raise ValueError(f"map keys {map_keys!r} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f'map keys {map_keys!r} is no object such as {{"prompt": "instruction"}}')
+    given = parse_object(map_keys, f"--map-keys {map_keys!r}")
     tags = given.pop("tags", {})
     given |= tags if isinstance(tags, dict) else {"tags": tags}
     for key, column in given.items():
         if key not in columns:
-            raise ValueError(f"map keys: {name} has no {key!r}, only {', '.join(columns)}")
+            raise ValueError(f"--map-keys: {name} has no {key!r}, only {', '.join(columns)}")
         if not isinstance(column, str):
-            raise ValueError(f"map keys: {key} is {column!r}, not the name of a column")
+            raise ValueError(f"--map-keys: {key} is {column!r}, not the name of a column")
     return {**columns, **given}
 
 

@@ -1,4 +1,4 @@
-"""JSON records from files: one object per line, or one array of objects. Standard library only."""
+"""JSON objects: alone, one per line of a file, or as an array. Standard library only."""
 
 import gzip
 import io
@@ -16,6 +16,15 @@ def check_object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {type(value).__name__} instead of an object with named fields")
     return value
+
+
+def parse_object(text: str | bytes, where: str) -> Record:
+    """The object that a whole JSON text is. Raises ValueError naming `where` for anything else."""
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    return check_object(value, where)
 
 
 def check_objects(value: Any, where: str) -> Record | list[Record]:

@@ -1,10 +1,9 @@
 """What a fine-tuning record says, in any of the spellings in use: Alpaca, ShareGPT, OpenAI messages. Stdlib only."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron_patch.data.json_lines import Record, check_characters
+from megatron_patch.data.json_lines import Record, check_characters, parse_object
 from megatron_patch.data.prompts import Conversation, Turn
 
 QUESTION_KEYS = ("instruction", "query", "prompt", "question")
@@ -43,11 +42,8 @@ def resolve_names(map_keys: str | None) -> Names:
     """
     if map_keys is None:
         return NAMES
-    try:
-        given = json.loads(map_keys)
-    except ValueError as error:
-        raise ValueError(f"--map-keys {map_keys!r} is not JSON: {error}") from None
-    if not isinstance(given, dict) or not given or not all(isinstance(key, str) for key in given.values()):
+    given = parse_object(map_keys, f"--map-keys {map_keys!r}")
+    if not given or not all(isinstance(key, str) for key in given.values()):
         raise ValueError(f'--map-keys {map_keys!r} is no JSON object of names such as {{"prompt": "instruction"}}')
     unknown = [part for part in given if part not in PARTS]
     if unknown:

@@ -1,6 +1,5 @@
 """A checkpoint of any format on the ranks that there are, ready to score texts and to write them."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ from megatron_patch.checkpoint.source import open_checkpoint
 from megatron_patch.config.checks import check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
-from megatron_patch.data.json_lines import check_object
+from megatron_patch.data.json_lines import parse_object
 from megatron_patch.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, check_vocabulary, load_tokenizer
 from megatron_patch.families import ALL
 from megatron_patch.families.manifest import manifest
 from megatron_patch.families.resolve import from_checkpoint
-from megatron_patch.inference.beam import search_beams
+from megatron_patch.inference.beam import Search, search_beams
 from megatron_patch.inference.decoding import Completion, Decoding
 from megatron_patch.inference.forward import Forward
 from megatron_patch.inference.rows import OnToken, write_rows
@@ -127,7 +126,7 @@ class Engine:
         if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.config.vocab_size:
             raise ValueError(f"token ids must be 0 to {self.config.vocab_size - 1}, and one is not")
 
-    def _beams(self, search: Any, options: Decoding) -> list[Completion]:
+    def _beams(self, search: Search, options: Decoding) -> list[Completion]:
         return [
             self._completion(beam.tokens, beam.log_probs, beam.is_stopped, options, value)
             for value, beam in search.complete[: options.num_return_sequences]
@@ -249,11 +248,7 @@ def _stop_ids(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """What a JSON file says, nothing where there is none. Raises ValueError naming it for one that is no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return check_object(found, str(path))
+    return parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def _shared_contexts(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], longest: int) -> dict[Row, list[int]]:

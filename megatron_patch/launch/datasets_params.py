@@ -1,8 +1,9 @@
 """What a JSON file of arguments for datasets' `load_dataset` means here: local files, and nothing from a hub."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megatron_patch.data.json_lines import parse_object
 
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 WITHOUT_EFFECT = ("cache_dir", "keep_in_memory", "num_proc", "streaming", "download_mode", "verification_mode")
@@ -40,11 +41,6 @@ def resolve_params(path: str) -> list[str]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_object(Path(path).read_bytes(), f"--hf-datasets-params {path!r}")
     except FileNotFoundError:
         raise FileNotFoundError(f"--hf-datasets-params {path!r} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"--hf-datasets-params {path!r} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"--hf-datasets-params {path!r} is no object of named arguments")
-    return given

@@ -197,7 +197,7 @@ def test_datasets_parameters_name_local_files(planned, tmp_path, params, inputs)
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no object of named arguments"),
+        ("[]", "list instead of an object"),
         ('{"path": "tatsu-lab/alpaca"}', "path is 'tatsu-lab/alpaca', neither one of json"),
         ('{"path": "json"}', "names no files; data_files does"),
         ('{"path": "json", "data_files": "a", "split": "train[:10%]"}', "split is 'train[:10%]'"),

@@ -237,7 +237,7 @@ def test_parts_stand_under_the_keys_that_are_named(map_keys, record, expected):
     ("text", "message"),
     [
         ("prompt=q", "is not JSON"),
-        ("[1]", "is no JSON object of names"),
+        ("[1]", "list instead of an object"),
         ('{"prompt": 3}', "is no JSON object of names"),
         ("{}", "is no JSON object of names"),
         ('{"query": "", "response": ""}', "names nothing for response"),

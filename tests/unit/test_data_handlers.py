@@ -147,7 +147,7 @@ def test_what_a_record_lacks_is_said(name, record, message):
     [
         ("os", None, "handler 'os' is not one of GeneralInstructionHandler, "),
         ("MOSSMultiTurnHandler", "{", "is not JSON"),
-        ("MOSSMultiTurnHandler", "[]", "is no object"),
+        ("MOSSMultiTurnHandler", "[]", "list instead of an object"),
         ("MOSSMultiTurnHandler", '{"prompt": "x"}', "MOSSMultiTurnHandler has no 'prompt', only chat"),
         ("MOSSMultiTurnHandler", '{"chat": 3}', "chat is 3, not the name of a column"),
         ("SharegptStyleInstructionHandler", '{"tags": 3}', "has no 'tags'"),
