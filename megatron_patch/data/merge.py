@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_patch.data.command_line import status_of
 from megatron_patch.data.index_header import IndexHeader, read_header
 from megatron_patch.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_patch.data.inputs import natural
@@ -54,19 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", required=True, metavar="DIR", help="directory of .bin/.idx pairs")
     parser.add_argument("--output-prefix", required=True, help="<prefix>.bin and .idx are written")
     options = parser.parse_args(argv)
-    try:
-        prefixes = find_datasets(options.input, options.output_prefix)
-        header = merge_datasets(prefixes, options.output_prefix)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130  # what a shell reports for a command that Ctrl-C ended
+    return status_of(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    prefixes = find_datasets(options.input, options.output_prefix)
+    header = merge_datasets(prefixes, options.output_prefix)
     for prefix in prefixes:
         print(f"read {prefix}")
     print(f"{header.prefix}: {header.documents:,} documents, {header.tokens:,} tokens ({header.dtype})")
-    return 0
 
 
 def _check_alike(values: Sequence[str], prefixes: Sequence[str], what: str) -> None:
