@@ -69,8 +69,7 @@ def plan(request: Request) -> dict[str, Any]:
     elsewhere = {
         "--load": request.where("PRETRAIN_CHECKPOINT_PATH"),
         "--family": request.where("MODEL_SIZE"),
-        "--upcycle": request.where("MOE"),
-        "--no-upcycle": request.where("MOE"),
+        **dict.fromkeys(("--upcycle", "--no-upcycle"), _where_moe(request)),
     }
     run = overridden(derived, request.options, elsewhere)
     ranks = _ranks(request, run)
@@ -99,6 +98,10 @@ def plan(request: Request) -> dict[str, Any]:
             *(*_overridden_model(derived, run), *cautions(sections["memory"])),
         ],
     }
+
+
+def _where_moe(request: Request) -> str:
+    return request.where("MOE") if "MOE" in request.values else "MOE, an argument of other launchers"
 
 
 def _typed(request: Request) -> set[str]:

@@ -92,7 +92,10 @@ def check_output(run: RunConfig) -> None:
         if path is not None:
             check_writable(path)
     if run.checkpoint.load and Path(run.checkpoint.load).resolve() == Path(run.checkpoint.save).resolve():
-        raise FileExistsError(f"{run.checkpoint.save} is where the run starts from; name another OUTPUT_BASEPATH")
+        raise FileExistsError(
+            f"{run.checkpoint.save} is where the run starts from; name another directory to write: OUTPUT_BASEPATH, "
+            "or in a script --save"
+        )
     resolve_start(run)
 
 

@@ -215,6 +215,11 @@ def test_a_size_has_its_former_name_too_and_pad_len_may_be_the_longest_sample(pl
     assert "argument 9 (PAD_LEN) is 40000: max_position_embeddings, 32768 otherwise" in plan["warnings"]
 
 
+def test_only_launchers_with_moe_make_experts(refused, material):
+    told = refused("llama-pretrain", tiny("llama-pretrain", "--upcycle"))
+    assert "--upcycle follows from MOE, an argument of other launchers" in told
+
+
 def test_transformer_engine_is_accepted_and_told_once(planned, material):
     notes = [text for text in planned("qwen-pretrain", tiny("qwen-pretrain", TE="true"))["warnings"] if "(TE)" in text]
     assert notes == ["argument 18 (TE) is true: accepted, but layers are PyTorch's; PR fp8 uses torchao"]
@@ -244,6 +249,7 @@ def test_the_last_word_of_a_script_counts(planned, material):
     ("extra", "told"),
     [
         (["--hidden-dropout", "0.1"], "--hidden-dropout is '0.1'; allowed: 0: this package has no dropout"),
+        (["--save", "./mistral/"], "mistral/ is where the run starts from; name another directory to write"),
         (["--lr", "fast"], "--lr is 'fast'; allowed: a number from 0 to 1"),
         (["--lr", "3"], "--lr is '3'; allowed: a number from 0 to 1"),
         (["--sequence-paralel"], "unknown option '--sequence-paralel'; did you mean --sequence-parallel?"),
