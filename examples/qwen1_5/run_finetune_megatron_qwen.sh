@@ -25,7 +25,7 @@
 #   22 OUTPUT_BASEPATH           directory for checkpoints and logs
 #
 # The global batch is one micro-batch on every data-parallel rank; --global-batch-size accumulates more. An epoch is
-# its records divided by that, rounded up.
+# its records, too long ones included, divided by that, rounded up.
 # Records are JSON; MP_DATASET_TYPE=idxmap reads what run_build_idxmap_sft_dataset.sh writes. MP_SFT_PACKING=true
 # puts several records in a sample.
 # MP_DRY_RUN=1 prints the plan and starts nothing. NPROC_PER_NODE sets the number of ranks; MP_VP layers per virtual
