@@ -1,9 +1,23 @@
-"""What the commands that make datasets share: whole numbers, threads, and one sentence for an error."""
+"""What the commands that make datasets share: flags, whole numbers, threads, and one sentence for an error."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
+
+
+def dataset_parser(module: str, written: str) -> argparse.ArgumentParser:
+    """The command line of `megatron_patch.data.<module>`, which writes the files `written`; its own flags follow."""
+    parser = argparse.ArgumentParser(prog=f"megatron_patch.data.{module}", allow_abbrev=False)
+    flag, switch = parser.add_argument, {"action": "store_true"}
+    flag("--input", required=True, nargs="+", help="files, directories or patterns")
+    flag("--output-prefix", required=True, help=f"{written}.bin, .idx and .json are written")
+    flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory, or a tokenizer.model")
+    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
+    flag("--recursive", **switch, help="of a directory, also what its directories hold")
+    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
+    flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
+    return parser
 
 
 def positive(text: str) -> int:

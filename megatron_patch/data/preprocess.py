@@ -19,13 +19,13 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_patch.data.command_line import limit_threads, positive, status_of
+from megatron_patch.data.command_line import dataset_parser, limit_threads, positive, status_of
 from megatron_patch.data.encoding import Encode, batch_encoder
 from megatron_patch.data.index_header import smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, Rows, check_readable, read_rows, resolve_inputs
 from megatron_patch.data.json_lines import check_characters
-from megatron_patch.data.left_out import SHOWN, counted
+from megatron_patch.data.left_out import LeftOut, nothing_left_out
 from megatron_patch.data.sentences import split_sentences
 from megatron_patch.data.sidecar import describe, describe_source
 from megatron_patch.data.tokenizer import begins_with_bos, identity, load_tokenizer, vocabulary_size
@@ -73,12 +73,11 @@ class Report(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A report per key, the input's bytes, how many rows were left out for each reason, and the first of them."""
+    """A report per key, the input's bytes, and what was left out of it."""
 
     reports: list[Report]
     bytes: int
-    skipped: Counter[str]
-    shown: list[str]
+    left_out: LeftOut
 
 
 class Texts(NamedTuple):
@@ -86,8 +85,7 @@ class Texts(NamedTuple):
 
     by_key: dict[str, list[list[str]]]
     read: int
-    skipped: Counter[str]
-    problems: list[str]
+    left_out: LeftOut
 
 
 def preprocess(
@@ -103,7 +101,7 @@ def preprocess(
     check_readable(files)
     begin, end = _ends(tokenizer, recipe)
     dtype = smallest_dtype(vocabulary_size(tokenizer))
-    skipped, shown = Counter(), []
+    left_out = nothing_left_out()
     with ExitStack() as stack:
         prefixes = [f"{output_prefix}_{key}_{recipe.level}" for key in recipe.json_keys]
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
@@ -114,18 +112,17 @@ def preprocess(
         encoded = _in_turn(lambda texts: (texts, _encoded(texts, encode)), _ahead(_texts(files, recipe)), together)
         made = ((texts, _documents(texts, ids, recipe, begin, end)) for texts, ids in encoded)
         for texts, documents in _progress(made, files):
-            skipped.update(texts.skipped)
-            shown += texts.problems[: SHOWN - len(shown)]
+            left_out.include(texts.left_out)
             for builder, tally, ids in zip(builders, tallies, documents, strict=True):
                 _append(builder, tally, ids)
         reports = [_report(prefix, dtype, tally) for prefix, tally in zip(prefixes, tallies, strict=True)]
-        _check_any(reports, files, skipped)
+        _check_any(reports, files, left_out)
         sources = [describe_source(path) for path in files]
         for builder, report, key in zip(builders, reports, recipe.json_keys, strict=True):
-            builder.complete(_description(report, key, tokenizer, recipe, sources, skipped))
+            builder.complete(_description(report, key, tokenizer, recipe, sources, left_out))
         for builder in builders:
             builder.publish()
-    return Summary(reports, sum(source["bytes"] for source in sources), skipped, shown)
+    return Summary(reports, sum(source["bytes"] for source in sources), left_out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,22 +144,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_patch.data.preprocess", allow_abbrev=False)
+    parser = dataset_parser("preprocess", "<prefix>_<key>_document")
     flag, switch = parser.add_argument, {"action": "store_true"}
-    flag("--input", required=True, nargs="+", help="files, directories or patterns")
-    flag("--output-prefix", required=True, help="<prefix>_<key>_document.bin, .idx and .json are written")
-    flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory, or a tokenizer.model")
     flag("--json-keys", nargs="+", default=["text"], help="keys that hold text, a pair of files each")
     flag("--append-eod", **switch, help="end every document with the EOS token")
     flag("--prepend-bos", **switch, help="begin every document with the BOS token, if the tokenizer's own texts do")
     flag("--seq-length", type=positive, help="leave out records with a document of as many tokens or more")
-    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
     flag("--split-sentences", **switch, help="every sentence is a sequence of its document, in <prefix>_<key>_sentence")
     flag("--keep-newlines", **switch, help="sentences keep the white space that follows them")
-    flag("--recursive", **switch, help="of a directory, also what its directories hold")
-    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--tokenizer-not-use-fast", **switch, help="the slow tokenizer, where the directory has one")
-    flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
 
 
@@ -204,21 +194,19 @@ def _texts(files: Iterable[Path], recipe: Recipe) -> Iterator[Texts]:
 
 
 def _batch(rows: Rows, recipe: Recipe, read: int) -> Texts:
-    by_key, skipped, problems = {key: [] for key in recipe.json_keys}, Counter(), []
+    by_key = {key: [] for key in recipe.json_keys}
+    left_out = nothing_left_out(is_allowed=recipe.skip_bad_lines)
     for row in rows.rows:
         reason, sentence = _problem(row, recipe.json_keys)
-        if reason and not recipe.skip_bad_lines:
-            raise ValueError(sentence)
         if reason:
-            skipped[reason] += 1
-            problems.append(sentence)
+            left_out.add(reason, sentence)
             continue
         for key, values in by_key.items():
             value = row.record[key]
             values.append(_sentences(value if isinstance(value, list) else [value], recipe))
     if rows.blank:
-        skipped["blank"] = rows.blank
-    return Texts(by_key, read, skipped, problems)
+        left_out.counts["blank"] = rows.blank
+    return Texts(by_key, read, left_out)
 
 
 def _sentences(texts: list[str], recipe: Recipe) -> list[str]:
@@ -266,7 +254,7 @@ def _documents(
         for record in zip(*documents, strict=True)
     ]
     if not all(is_short):
-        texts.skipped["too long"] += is_short.count(False)
+        texts.left_out.counts["too long"] += is_short.count(False)
     return [list(compress(column, is_short)) for column in documents]
 
 
@@ -300,12 +288,12 @@ def _report(prefix: str, dtype: str, tally: Counter[str]) -> Report:
     return Report(prefix, dtype, *(tally[name] for name in Report._fields[2:]))
 
 
-def _check_any(reports: list[Report], files: list[Path], skipped: Counter[str]) -> None:
+def _check_any(reports: list[Report], files: list[Path], left_out: LeftOut) -> None:
     for report in reports:
         if not report.tokens:
             what = "token" if report.documents else "document"
-            why = f" ({counted(skipped)} left out)" if skipped else ""
-            raise ValueError(f"{report.prefix}: the input, {_named(files)}, holds no {what}{why}; nothing was written")
+            why = f"no {what}{left_out.in_brackets()}"
+            raise ValueError(f"{report.prefix}: the input, {_named(files)}, holds {why}; nothing was written")
 
 
 def _named(files: list[Path]) -> str:
@@ -318,13 +306,12 @@ def _description(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     sources: list[dict[str, Any]],
-    skipped: Counter[str],
+    left_out: LeftOut,
 ) -> dict[str, Any]:
     counts = {name: getattr(report, name) for name in Report._fields[2:]}
     made = {name: value for name, value in recipe._asdict().items() if name not in ("json_keys", "skip_bad_lines")}
-    return describe(
-        identity(tokenizer), report.dtype, counts, sources, key=key, **made, skipped=dict(sorted(skipped.items()))
-    )
+    skipped = dict(sorted(left_out.counts.items()))
+    return describe(identity(tokenizer), report.dtype, counts, sources, key=key, **made, skipped=skipped)
 
 
 def _progress(
@@ -345,16 +332,13 @@ def _progress(
 
 
 def _tell(summary: Summary, seconds: float) -> None:
-    for sentence in summary.shown:
-        print(f"skipped: {sentence}", file=sys.stderr)
+    summary.left_out.tell()
     for report in summary.reports:
         sentences = f" {report.sequences:,} sentences," if report.prefix.endswith("_sentence") else ""
         print(
             f"{report.prefix}: {report.documents:,} documents,{sentences} {report.tokens:,} tokens ({report.dtype}), "
             f"longest {report.longest:,}, {report.empty:,} empty"
         )
-    if summary.skipped:
-        print(f"left out: {counted(summary.skipped)}")
     tokens = sum(report.tokens for report in summary.reports)
     rates = f"{tokens / seconds:,.0f} tokens/s, {summary.bytes / seconds / 1e6:.1f} MB/s"
     print(f"{summary.reports[0].documents:,} records, {tokens:,} tokens in {seconds:.1f} s ({rates})")

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.command_line import count, limit_threads, positive, status_of
+from megatron_patch.data.command_line import count, dataset_parser, limit_threads, positive, status_of
 from megatron_patch.data.handlers import HANDLERS, Handler, resolve_handler
 from megatron_patch.data.index_header import INSTRUCTION_FIELDS, instruction_prefixes, smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, check_readable, read_rows, resolve_inputs
 from megatron_patch.data.instructions import Tokenised, encoded
-from megatron_patch.data.left_out import LeftOut, counted, nothing_left_out
+from megatron_patch.data.left_out import LeftOut, nothing_left_out
 from megatron_patch.data.packing import pack
 from megatron_patch.data.prompts import PROMPTS, Rendered, Renderer, resolve_prompt
 from megatron_patch.data.sft_index import DTYPE, IGNORED
@@ -86,8 +86,8 @@ def preprocess(
         for samples in _together(rows):
             _append(builders, samples, counts)
         if not counts["samples"]:
-            why = f" ({counted(left_out.counts)} left out)" if left_out.counts else ""
-            raise ValueError(f"{files[0]} holds no record to make a sample of{why}; nothing was written")
+            why = f"no record to make a sample of{left_out.in_brackets()}"
+            raise ValueError(f"{files[0]} holds {why}; nothing was written")
         report = Report(names, *(counts[name] for name in Report._fields[1:]))
         told = _description(report, files, tokenizer, dtype, recipe, left_out)
         for builder, field in zip(builders, INSTRUCTION_FIELDS, strict=False):
@@ -244,35 +244,25 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{records:,} records ({rate:,.0f} records/s)", file=sys.stderr, flush=True)
 
     report = preprocess(paths, options.output_prefix, tokenizer, recipe, left_out, log)
-    for sentence in left_out.shown:
-        print(f"left out: {sentence}", file=sys.stderr)
+    left_out.tell()
     print(
         f"{', '.join(report.prefixes)}: {report.records:,} records in {report.samples:,} samples, {report.tokens:,} "
         f"tokens, longest {report.longest:,}"
     )
-    if left_out.counts:
-        print(f"left out: {counted(left_out.counts)}")
     print(f"{report.tokens / (time.perf_counter() - started):,.0f} tokens/s")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_patch.data.preprocess_instructions", allow_abbrev=False)
+    parser = dataset_parser("preprocess_instructions", "<prefix>_packed_<field>_document")
     flag, switch = parser.add_argument, {"action": "store_true"}
-    flag("--input", required=True, nargs="+", help="files, directories or patterns")
-    flag("--output-prefix", required=True, help="<prefix>_packed_<field>_document.bin, .idx and .json are written")
-    flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory, or a tokenizer.model")
     flag("--handler", required=True, choices=list(HANDLERS), help="what a record's columns mean")
     flag("--map-keys", metavar="JSON", help='columns of other names, such as {"prompt": "question"}')
     flag("--prompt-type", help=f"template: {', '.join(PROMPTS)}; absent: the handler's own")
     flag("--append-eod", **switch, help="end every answer, or text, with the EOS token")
     flag("--seq-length", type=positive, help="leave out records of as many tokens or more")
     flag("--pack", **switch, help="several records per sample of --seq-length tokens")
-    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
-    flag("--recursive", **switch, help="of a directory, also what its directories hold")
-    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
     flag("--log-interval", type=count, default=0, metavar="N", help="say after every N records how far it is")
     flag("--tokenizer-not-use-fast", **switch, help="accepted: labels need the fast tokenizer")
-    flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
 
 

@@ -1,7 +1,6 @@
 """Fine-tuning records to a `.bin/.idx` pair: `python3 -m megatron_patch.data.preprocess_sft --input FILE …`."""
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter
@@ -10,11 +9,11 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from megatron_patch.data.chat_template import resolve_renderer
-from megatron_patch.data.command_line import count, limit_threads, positive, status_of
+from megatron_patch.data.command_line import count, dataset_parser, limit_threads, positive, status_of
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.instructions import Item, Material, Tokenised, material_of, nothing_left, pad_id, tokenised
 from megatron_patch.data.json_lines import check_objects
-from megatron_patch.data.left_out import LeftOut, counted, nothing_left_out
+from megatron_patch.data.left_out import LeftOut, nothing_left_out
 from megatron_patch.data.packing import pack
 from megatron_patch.data.prompts import PROMPTS
 from megatron_patch.data.records import resolve_names
@@ -55,8 +54,8 @@ def preprocess(
             builder.add(document(group, seq_length, pad), [2 * seq_length], [1])
             counts["documents"] += 1
         if not counts["documents"]:
-            why = f" ({counted(left_out.counts)} left out)" if left_out.counts else ""
-            raise ValueError(nothing_left(material.files, counts["skipped"], seq_length) + why)
+            why = nothing_left(material.files, counts["skipped"], seq_length)
+            raise ValueError(why + left_out.in_brackets())
         report = Report(prefix, *(counts[name] for name in Report._fields[1:]))
         builder.finalize(_description(report, material, seq_length, is_packed, left_out))
     return report
@@ -135,8 +134,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _tell(report: Report, left_out: LeftOut, seq_length: int, seconds: float) -> None:
-    for sentence in left_out.shown:
-        print(f"skipped: {sentence}", file=sys.stderr)
+    left_out.tell()
     filled = report.tokens / (report.documents * seq_length)
     print(
         f"{report.prefix}: {report.records:,} records in {report.documents:,} samples of {seq_length:,} tokens, "
@@ -147,28 +145,19 @@ def _tell(report: Report, left_out: LeftOut, seq_length: int, seconds: float) ->
             f"{report.truncated:,} records truncated; {report.skipped:,} left out, their prompts alone are longer than "
             f"{seq_length:,} tokens"
         )
-    if left_out.counts:
-        print(f"left out: {counted(left_out.counts)}")
     print(f"{report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_patch.data.preprocess_sft", allow_abbrev=False)
+    parser = dataset_parser("preprocess_sft", "<prefix>_text_document")
     flag, switch = parser.add_argument, {"action": "store_true"}
-    flag("--input", required=True, nargs="+", help="files, directories or patterns; a conversation per record")
-    flag("--output-prefix", required=True, help="<prefix>_text_document.bin, .idx and .json are written")
-    flag("--tokenizer-model", required=True, metavar="DIR", help="tokenizer directory")
     flag("--seq-length", type=positive, required=True, help="tokens per sample, SEQ_LEN of the training")
     flag("--pack", **switch, help="several records per sample")
     names = ", ".join(PROMPTS)
     flag("--prompt-type", help=f"template: {names}; absent: the tokenizer's own, else --family-prompt's")
     flag("--family-prompt", default="alpaca", help="template where the tokenizer has none")
     flag("--map-keys", metavar="JSON", help="keys of the records' prompt, query, response, system or messages")
-    flag("--skip-bad-lines", **switch, help="leave out, count and list what cannot be used, instead of ending")
-    flag("--recursive", **switch, help="of a directory, also what its directories hold")
     flag("--show-samples", type=count, default=0, metavar="N", help="print N records, what is learned highlighted")
-    flag("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads")
-    flag("--trust-remote-code", **switch, help="let the tokenizer directory run its code")
     return parser
 
 

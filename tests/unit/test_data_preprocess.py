@@ -152,7 +152,7 @@ def test_bad_lines_are_left_out_counted_and_listed_on_request(tmp_path, tokenize
     assert main([*arguments, "--skip-bad-lines"]) == 0
     output = capsys.readouterr()
     assert "left out: 2 blank, 2 malformed, 1 missing key, 1 not text" in output.out
-    listed = [line for line in output.err.splitlines() if line.startswith("skipped: ")]
+    listed = [line for line in output.err.splitlines() if line.startswith("left out: ")]
     assert [line.split(", line ")[1][0] for line in listed] == ["3", "4", "5", "6"]
     assert documents(f"{tmp_path}/out_text_document") == [expected(tokenizer, [text]) for text in "ac"]
     assert json.loads((tmp_path / "out_text_document.json").read_text())["skipped"] == {
