@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -236,7 +237,8 @@ def rank_of_run(run: RunConfig, rank: int, world: int, folder: str, pipe: Connec
     )
     dist.barrier()
     pipe.send(anonymous("self"))
-    train(run, mesh) if run.checkpoint.ckpt_format == "dcp" else train_steps(run, mesh)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the log of training
+        train(run, mesh) if run.checkpoint.ckpt_format == "dcp" else train_steps(run, mesh)
     dist.destroy_process_group()
 
 
