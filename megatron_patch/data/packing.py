@@ -1,6 +1,7 @@
 """Which records share a sample: first-fit over a window of samples that are still open."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy.typing as npt
 
@@ -8,6 +9,7 @@ from megatron_patch.data.gpt import Sample
 from megatron_patch.data.instructions import InstructionDataset
 
 WINDOW = 64
+Item = TypeVar("Item")
 
 
 class PackedDataset:
@@ -50,6 +52,19 @@ def pack(sizes: Iterable[int], capacity: int, window: int = WINDOW) -> Iterator[
         if not room[fit]:
             yield _close(rows, room, fit)
     yield from rows
+
+
+def packed(items: Iterable[Item], size: Callable[[Item], int], capacity: int) -> Iterator[list[Item]]:
+    """The rows of `pack` themselves; what waits in memory is what the open rows hold."""
+    waiting: dict[int, Item] = {}
+
+    def sizes() -> Iterator[int]:
+        for place, item in enumerate(items):
+            waiting[place] = item
+            yield size(item)
+
+    for row in pack(sizes(), capacity):
+        yield [waiting.pop(place) for place in row]
 
 
 def _close(rows: list[list[int]], room: list[int], number: int) -> list[int]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,11 @@ from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, check_readable, read_rows, resolve_inputs
 from megatron_patch.data.instructions import Tokenised, encoded
 from megatron_patch.data.left_out import LeftOut, nothing_left_out
-from megatron_patch.data.packing import pack
+from megatron_patch.data.packing import packed
 from megatron_patch.data.prompts import PROMPTS, Rendered, Renderer, resolve_prompt
 from megatron_patch.data.sft_index import DTYPE, IGNORED
 from megatron_patch.data.sidecar import describe, describe_source
-from megatron_patch.data.tokenizer import identity, load_tokenizer, vocabulary_size
+from megatron_patch.data.tokenizer import ends_with_eos, identity, load_tokenizer, vocabulary_size
 
 BYTES_PER_BATCH = 1 << 20
 SAMPLES_AT_ONCE = 1024  # while writing
@@ -78,7 +79,8 @@ def preprocess(
     handler, counts = resolve_handler(recipe.handler, recipe.map_keys), Counter()
     _check(recipe, handler, tokenizer)
     records = _kept(_tokenised(files, tokenizer, handler, recipe, left_out), recipe, left_out, counts, log)
-    rows = _packed(records, recipe.seq_length) if recipe.pack else ([record] for record in records)
+    size = attrgetter("ids.size")
+    rows = packed(records, size, recipe.seq_length) if recipe.pack else ([record] for record in records)
     names = (f"{output_prefix}_text_document",) if handler.is_text else instruction_prefixes(output_prefix)
     dtype = smallest_dtype(vocabulary_size(tokenizer)) if handler.is_text else DTYPE
     with ExitStack() as stack:
@@ -138,7 +140,7 @@ def _tokenised(
 ) -> Iterator[Tokenised]:
     renderer = _renderer(handler, recipe, tokenizer)
     eos = tokenizer.eos_token_id
-    is_ended = renderer.adds_special_tokens and tokenizer("a").input_ids[-1] == eos
+    is_ended = renderer.adds_special_tokens and ends_with_eos(tokenizer)
     for record in encoded(_rendered(files, handler, renderer, left_out), tokenizer, renderer):
         # An EOS that the tokenizer adds to every text would be a second one, and not learned.
         ids, learned = (part[:-1] for part in record) if is_ended else record
@@ -182,19 +184,6 @@ def _kept(
         counts["records"] += 1
         log(counts["records"])
         yield record
-
-
-def _packed(records: Iterable[Tokenised], seq_length: int) -> Iterator[list[Tokenised]]:
-    """Rows of records; what waits in memory is what the open rows hold."""
-    waiting: dict[int, Tokenised] = {}
-
-    def sizes() -> Iterator[int]:
-        for place, record in enumerate(records):
-            waiting[place] = record
-            yield len(record.ids)
-
-    for row in pack(sizes(), seq_length):
-        yield [waiting.pop(place) for place in row]
 
 
 def _together(rows: Iterable[list[Tokenised]]) -> Iterator[list[list[Tokenised]]]:

@@ -14,7 +14,7 @@ from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.instructions import Item, Material, Tokenised, material_of, nothing_left, pad_id, tokenised
 from megatron_patch.data.json_lines import check_objects
 from megatron_patch.data.left_out import LeftOut, nothing_left_out
-from megatron_patch.data.packing import pack
+from megatron_patch.data.packing import packed
 from megatron_patch.data.prompts import PROMPTS
 from megatron_patch.data.records import resolve_names
 from megatron_patch.data.sft_index import DTYPE, document
@@ -50,8 +50,8 @@ def preprocess(
     groups = _usable(tokenised(material, left_out, check_objects), seq_length, counts, left_out)
     pad, prefix = pad_id(material.tokenizer), f"{output_prefix}_text_document"
     with IndexedDatasetBuilder(prefix, DTYPE) as builder:
-        for group in _packed(groups, seq_length) if is_packed else (group for group, _ in groups):
-            builder.add(document(group, seq_length, pad), [2 * seq_length], [1])
+        for records in _rows(groups, seq_length, is_packed=is_packed):
+            builder.add(document(records, seq_length, pad), [2 * seq_length], [1])
             counts["documents"] += 1
         if not counts["documents"]:
             why = nothing_left(material.files, counts["skipped"], seq_length)
@@ -82,17 +82,15 @@ def _usable(
         yield item.records, item.is_pack
 
 
-def _packed(groups: Iterable[tuple[Group, bool]], seq_length: int) -> Iterator[Group]:
-    """Rows of records; what waits in memory is what the open rows hold."""
-    waiting: dict[int, Group] = {}
+def _rows(groups: Iterable[tuple[Group, bool]], seq_length: int, *, is_packed: bool) -> Iterator[Group]:
+    """The records of each sample."""
 
-    def sizes() -> Iterator[int]:
-        for place, (records, is_complete) in enumerate(groups):
-            waiting[place] = records
-            yield seq_length if is_complete else min(len(records[0].ids), seq_length)
+    def size(group: tuple[Group, bool]) -> int:
+        records, is_complete = group
+        return seq_length if is_complete else min(len(records[0].ids), seq_length)
 
-    for row in pack(sizes(), seq_length):
-        yield list(chain.from_iterable(waiting.pop(place) for place in row))
+    for row in packed(groups, size, seq_length) if is_packed else ([group] for group in groups):
+        yield [record for records, _ in row for record in records]
 
 
 def _description(

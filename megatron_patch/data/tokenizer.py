@@ -61,6 +61,11 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
 
+def ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its EOS behind a text."""
+    return tokenizer.eos_token_id is not None and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raise ValueError unless every id of the tokenizer is a row of a model with `vocab_size` rows."""
     needed = vocabulary_size(tokenizer)

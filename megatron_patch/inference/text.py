@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_patch.data.tokenizer import ends_with_eos
+
 UNKNOWN = "\ufffd"  # what the first bytes of a character decode to
 LONGEST_CHARACTER = 4  # bytes, each a token of its own in the worst case
 
@@ -13,7 +15,7 @@ def encode(tokenizer: Any, text: str, *, adds_special_tokens: bool = True) -> li
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while len(ids) > 1 and ids[0] == ids[1] == bos and bos is not None:
         del ids[0]
-    if adds_special_tokens and ids[-1:] == [eos] and _appends_eos(tokenizer):
+    if adds_special_tokens and ids[-1:] == [eos] and ends_with_eos(tokenizer):
         del ids[-1]
     return ids
 
@@ -80,7 +82,3 @@ class TextStream:
         """Characters at the end of `text` that a stop string may begin with."""
         beginnings = (stop[:count] for stop in self.stop_strings for count in range(1, len(stop)))
         return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-
-
-def _appends_eos(tokenizer: Any) -> bool:
-    return tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
