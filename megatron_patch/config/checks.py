@@ -38,7 +38,11 @@ def check_model(model: ModelConfig) -> None:
 
 def sample_length(run: RunConfig) -> int:
     """Tokens per sample: raw records are padded to their own length."""
-    return run.data.max_padding_length if run.data.dataset == "JSON-SFT" else run.data.seq_length
+    return getattr(run.data, _length_field(run))
+
+
+def _length_field(run: RunConfig) -> str:
+    return "max_padding_length" if run.data.dataset == "JSON-SFT" else "seq_length"
 
 
 def _broken(rules: Iterable[Rule]) -> list[str]:
@@ -138,7 +142,8 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
     yield _equal_parts(length, cp, tp if parallel.sequence_parallel else 1)
     yield (
         length <= model.max_position_embeddings,
-        f"{length} tokens per sample are more than max_position_embeddings {model.max_position_embeddings}",
+        f"{_length_field(run)}: {length} tokens per sample are more than max_position_embeddings "
+        f"{model.max_position_embeddings}",
     )
     ranks = tp * pp * cp
     dp, rest = divmod(world, ranks)

@@ -33,8 +33,13 @@ def manifest(family: Family, config: ModelConfig) -> list[Entry]:
 
     Raises ValueError for an architecture of more than MOST_ENTRIES: no such model fits anywhere.
     """
+    return [entry for rule, layer in _placed(family, config) for entry in _entries(rule, config, layer)]
+
+
+def _placed(family: Family, config: ModelConfig) -> Iterator[tuple[Rule, int | None]]:
+    """Every rule of the model as a whole, then of each layer. Raises as `manifest`."""
     rules = family.rules(config)
-    entries = [entry for rule in rules if "{l}" not in rule.mcore for entry in _entries(rule, config, None)]
+    yield from ((rule, None) for rule in rules if "{l}" not in rule.mcore)
     per_layer = [rule for rule in rules if "{l}" in rule.mcore]
     most = config.num_layers * sum(config.num_moe_experts if "{e}" in rule.mcore else 1 for rule in per_layer)
     if most > MOST_ENTRIES:
@@ -43,8 +48,7 @@ def manifest(family: Family, config: ModelConfig) -> list[Entry]:
         raise ValueError(f"num_layers {config.num_layers}{experts} make {total}")
     for layer in range(config.num_layers):
         kinds = ("all", "moe" if config.is_moe_layer(layer) else "dense")
-        entries += [e for rule in per_layer if rule.layers in kinds for e in _entries(rule, config, layer)]
-    return entries
+        yield from ((rule, layer) for rule in per_layer if rule.layers in kinds)
 
 
 def _entries(rule: Rule, config: ModelConfig, layer: int | None) -> Iterator[Entry]:
@@ -64,17 +68,17 @@ def _entries(rule: Rule, config: ModelConfig, layer: int | None) -> Iterator[Ent
 
 def parameter_count(family: Family, config: ModelConfig) -> int:
     """Exact number of parameters, vocabulary padding not counted."""
-    return _elements(manifest(family, config))
+    return _elements(family, config, config.num_moe_experts)
 
 
 def active_parameter_count(family: Family, config: ModelConfig) -> int:
     """Exact number of parameters that one token passes through."""
-    chosen = config.moe_router_topk
-    return _elements(e for e in manifest(family, config) if e.expert is None or e.expert < chosen)
+    return _elements(family, config, min(config.moe_router_topk, config.num_moe_experts))
 
 
-def _elements(entries: Iterable[Entry]) -> int:
-    return sum(math.prod(entry.shape) for entry in entries)
+def _elements(family: Family, config: ModelConfig, experts: int) -> int:
+    placed = _placed(family, config)
+    return sum(math.prod(rule.shape(config)) * (experts if "{e}" in rule.mcore else 1) for rule, _ in placed)
 
 
 def check_complete(wanted: Iterable[str], found: Iterable[str], where: str) -> None:

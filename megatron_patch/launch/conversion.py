@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_patch.config.checkpoint import TRACKER
 from megatron_patch.families import ALL
-from megatron_patch.families.manifest import parameter_count
 from megatron_patch.families.resolve import Resolved, from_checkpoint
 from megatron_patch.families.upcycle import Upcycling
 from megatron_patch.launch.conversion_rules import (
     division_problems,
     expert_problems,
+    parameters,
     upcycled,
     upcycling,
     vocabulary,
@@ -105,7 +105,7 @@ def finish(
     family, config = (resolved.family, resolved.config) if resolved else (None, None)
     return {
         "arguments": request.arguments(),
-        "model": family and {"family": family.name, "parameters": parameter_count(family, config)},
+        "model": family and {"family": family.name, "parameters": parameters(request, family, config)},
         "output": {"checkpoint": job.target, "format": job.format},
         "environment": {},
         "command": job.command(request.options),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.families.family import Family
+from megatron_patch.families.manifest import parameter_count
 from megatron_patch.families.upcycle import Upcycling, resolve_upcycled
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.vocabulary import tokenizer_size
@@ -40,9 +41,23 @@ def upcycled(request: Request, config: ModelConfig, how: Upcycling) -> tuple[Fam
     try:
         return resolve_upcycled(config, how)
     except ValueError as error:
-        names = {field: name for field, name in CAPITALS if name in request.values}
-        pattern = rf"\b({'|'.join(names)})\b"
-        raise UsageError(re.sub(pattern, lambda match: request.where(names[match[0]]), str(error))) from None
+        raise UsageError(_as_typed(request, str(error))) from None
+
+
+def parameters(request: Request, family: Family, config: ModelConfig) -> int:
+    """How many `config` has. Raises UsageError, in the user's words, where no such model fits anywhere."""
+    try:
+        return parameter_count(family, config)
+    except ValueError as error:
+        raise UsageError(_as_typed(request, str(error))) from None
+
+
+def _as_typed(request: Request, sentence: str) -> str:
+    """`sentence` with the arguments in place of the settings that they are."""
+    names = {field: name for field, name in CAPITALS if name in request.values}
+    if not names:
+        return sentence
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda match: request.where(names[match[0]]), sentence)
 
 
 def expert_problems(request: Request, config: ModelConfig | None, *, is_read: bool) -> list[str]:

@@ -35,7 +35,7 @@ MISTRAL_NAMES = {"mistral-7b": "7B", "auto": "auto"}
 QWEN_NAMES = {f"qwen1.5-{name.lower()}": name for name in QWEN_SIZES} | {"auto": "auto"}
 
 HUGGING_FACE = Arg("HG_CKPT_PATH", words, "the Hugging Face directory with config and tokenizer files")
-MAYBE_HUGGING_FACE = Arg("HG_CKPT_PATH", str, f"{HUGGING_FACE.allowed}; default: the source's", default="")
+MAYBE_HUGGING_FACE = Arg("HG_CKPT_PATH", optional(words), f"{HUGGING_FACE.allowed}; default: the source's", default="")
 MEGATRON = Arg("MEGATRON_PATH", str, "anything: accepted and ignored")
 SOURCE = Arg("SOURCE_CKPT_PATH", words, "the directory to read")
 TARGET = Arg("TARGET_CKPT_PATH", words, "the directory to write")

@@ -6,13 +6,16 @@ from typing import Any
 
 from megatron_patch.launch import training
 from megatron_patch.launch.data_options import DATA_OPTIONS
-from megatron_patch.launch.options import check_options, settings
-from megatron_patch.launch.positional import Request
+from megatron_patch.launch.options import check_options, option_value, settings
+from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.launch.script_tables import RENAMED
 
 
 def plan(request: Request) -> dict[str, Any]:
-    """The plan of one run. Raises as `training.plan`."""
+    """The plan of one run. Raises as `training.plan`, and UsageError for a renamed flag without a number."""
+    for name in RENAMED.keys() & set(request.options):
+        if (option_value(request.options, name) or "-").startswith("-"):
+            raise UsageError(f"{name} is followed by no number; give one, or leave it out")
     options = list(_renamed(request.options))
     check_options(options, [*settings(), *DATA_OPTIONS, *(arg.name for arg in request.table)])
     return training.plan(request.changed({**request.values, **_derived(request.values)}, options))

@@ -56,6 +56,9 @@ DECIDED = {
     "sft_packing": "MP_SFT_PACKING",
     "upcycle": "MOE",
 }
+# Arguments from which the iterations of a schedule follow, and the options that say them otherwise.
+AMOUNT = re.compile(r"(TRAIN|WARMUP)_(TOKENS|ITERS|TOKENS_OR_ITERS|SHARE)")
+OF_SCHEDULE = {"--train-iters", "--lr-warmup-iters", "--lr-decay-iters"}
 UNCOUNTED = ("train_iters", "lr_decay_iters", "samples", "tokens", "epochs", "save_interval")
 
 
@@ -206,7 +209,10 @@ def in_capitals(sentence: str, request: Request) -> str:
     places = {arg.name: f"{arg.name} (argument {number})" for number, arg in enumerate(request.table, 1)}
     places |= {arg.means: arg.name for arg in request.table if arg.means != arg.name}
     places |= {name: f"{name} (environment)" for name in CAPITALS.values() if name.startswith("MP_")}
-    return re.sub(rf"\b({'|'.join(CAPITALS)})\b", lambda match: places.get(CAPITALS[match[0]], match[0]), sentence)
+    told = re.sub(rf"\b({'|'.join(CAPITALS)})\b", lambda match: places.get(CAPITALS[match[0]], match[0]), sentence)
+    amounts = [request.where(arg.name) for arg in request.table if AMOUNT.fullmatch(arg.means)]
+    is_derived = "lr_decay_iters" in sentence and not OF_SCHEDULE & set(names(request.options))
+    return f"{told} (from {' and '.join(amounts)})" if is_derived else told
 
 
 def _vocabulary(request: Request, run: RunConfig) -> tuple[list[str], list[str]]:

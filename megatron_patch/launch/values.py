@@ -90,10 +90,10 @@ def offloading(text: str) -> str | float:
 
 
 def keys(text: str) -> list[str]:
-    """Names separated by spaces or commas, at least one."""
+    """Names separated by spaces or commas, at least one, and none that would pass for an option."""
     names = text.replace(",", " ").split()
-    if not names:
-        raise ValueError("no key")
+    if not names or any(name.startswith("-") for name in names):
+        raise ValueError("no key, or an option")
     return names
 
 

@@ -118,7 +118,7 @@ def test_an_option_whose_value_is_that_of_an_argument_is_no_second_saying_of_it(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (DEEPSEEK, (True, False, "")),
+        (DEEPSEEK, (True, False, None)),
         ([*DEEPSEEK[:8], "true", "/model"], (True, True, "/model")),
         ([*DEEPSEEK[:7], "true", "/model"], (None, True, "/model")),
     ],
