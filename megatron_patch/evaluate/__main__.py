@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 TASKS = Path(__file__).parents[2] / "toolkits/evaluation/tasks"
-LOCAL = {"mmlu": "mmlu_local", "ceval-valid": "ceval-valid_local", "cmmlu": "cmmlu_local"}
+LOCAL = ("mmlu_local", "ceval-valid_local", "cmmlu_local")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,8 +26,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(arguments)
     except ConnectionError as error:
-        names = ", ".join(LOCAL.values())
-        print(f"evaluate: {error}; the tasks {names} read files under MP_EVAL_DATA instead", file=sys.stderr)
+        print(f"evaluate: {error}; the tasks {', '.join(LOCAL)} read files under MP_EVAL_DATA instead", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
     return 2

@@ -30,7 +30,7 @@ def plan(request: Request) -> dict[str, Any]:
     return {
         "arguments": request.arguments(),
         "output": {"results": v["OUTPUT_PATH"] or None},
-        "environment": {"MP_EVAL_DATA": str(data)},
+        "environment": {"MP_EVAL_DATA": str(data), **cluster.threads(request.environ, ranks)},
         "command": [
             *(sys.executable, "-m", "megatron_patch.train.agent", *ranks.options, "-m", "megatron_patch.evaluate"),
             *("--model_args", json.dumps(_model(v)), "--tasks", TASKS[v["TASK"]]),

@@ -59,8 +59,7 @@ def fullest_moment(
     """The name of the moment at which a rank holds most, and how many bytes that is.
 
     `weights` are by layer, −1 for what is in none; of the latter the gradient of the output layer is the first of all.
-    `is_accumulating`: over several micro-batches; `is_saved_early`: a
-    checkpoint is written before the last step.
+    `is_accumulating`: over several micro-batches; `is_saved_early`: a checkpoint is written before the last step.
     """
     always = state.master_weights + state.optimizer + state.host + (state.checkpoint_copy if is_saved_early else 0)
     holes = kept.in_holes if on_cpu else 0
