@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron_patch.config.model import ModelConfig
+from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.config.run import RunConfig
 
 Rule = tuple[bool, str]  # what must hold, and the sentence for when it does not
@@ -23,15 +24,24 @@ def check(run: RunConfig, world: int) -> None:
 def problems(run: RunConfig, world: int) -> list[str]:
     """The broken rules. Ranges come first: a division rule has no meaning for a size of zero."""
     out_of_range = _broken(_ranges(run))
-    model = [*_attention(run.model), *_routing(run.model)]
+    model = [*_attention(run.model), *_routing(run.model), *_experts(run.model, run.parallel)]
     return out_of_range or _broken(
-        [*_division(run, world), *_pipeline(run, world), *model, *_experts(run), *_optimization(run), *_inputs(run)]
+        [*_division(run, world), *_pipeline(run, world), *model, *_optimization(run), *_inputs(run)]
     )
 
 
 def check_model(model: ModelConfig) -> None:
     """Raise ValueError with every rule that the architecture breaks on its own, one sentence per line."""
     broken = _broken(_model_ranges(model)) or _broken([*_attention(model), *_routing(model)])
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError with every size of the model that its ranks cannot share equally, one sentence per line."""
+    sizes = ((parallel, "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size"),)
+    out_of_range = _broken(_each_in_range(sizes, (), ()))
+    broken = out_of_range or _broken([*_shares(model, parallel), *_experts(model, parallel)])
     if broken:
         raise ValueError("\n".join(broken))
 
@@ -136,9 +146,7 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(model, name)
-        yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
+    yield from _shares(model, parallel)
     yield _equal_parts(length, cp, tp if parallel.sequence_parallel else 1)
     yield (
         length <= model.max_position_embeddings,
@@ -164,6 +172,13 @@ def _division(run: RunConfig, world: int) -> Iterator[Rule]:
         f"global_batch_size {run.global_batch_size} is not a multiple of micro_batch_size {run.micro_batch_size} × "
         f"{dp} data-parallel ranks",
     )
+
+
+def _shares(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Rule]:
+    tp = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(model, name)
+        yield size % tp == 0, f"{name} {size} is not a multiple of tensor_model_parallel_size {tp}"
 
 
 def _equal_parts(length: int, cp: int, tp: int) -> Rule:
@@ -258,8 +273,7 @@ def _attention(model: ModelConfig) -> Iterator[Rule]:
     )
 
 
-def _experts(run: RunConfig) -> Iterator[Rule]:
-    model, parallel = run.model, run.parallel
+def _experts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Rule]:
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     etp = tp if parallel.expert_tensor_parallel_size is None else parallel.expert_tensor_parallel_size
     yield etp in (1, tp), f"expert_tensor_parallel_size {etp} must be 1 or tensor_model_parallel_size {tp}"

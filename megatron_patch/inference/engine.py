@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.checkpoint.source import open_checkpoint
-from megatron_patch.config.checks import check_model
+from megatron_patch.config.checks import check_layout, check_model
 from megatron_patch.config.model import ModelConfig
 from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.data.json_lines import parse_object
@@ -178,7 +178,7 @@ def open_engine(
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
     )
-    _check_sizes(config, tp, ep)
+    check_layout(config, parallel)
     stages = resolve_stages(config.num_layers, parallel)
     text = _tokenizer(checkpoint, tokenizer)
     if text is not None:
@@ -190,17 +190,6 @@ def open_engine(
     kernel = resolve_kernel(config, mesh, dtype, fastest=True)
     forward = Forward(config, model.eval().requires_grad_(False), mesh, kernel, dtype)
     return Engine(forward, text, _stop_ids(Path(checkpoint), text), family.prompt_type)
-
-
-def _check_sizes(config: ModelConfig, tp: int, ep: int) -> None:
-    names = ["num_attention_heads", "num_query_groups", "ffn_hidden_size"]
-    names += ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"] if config.num_moe_experts else []
-    for name in names:
-        size = getattr(config, name)
-        if tp < 1 or size % tp:
-            raise ValueError(f"{name} {size} is not a multiple of tp {tp}")
-    if ep < 1 or config.num_moe_experts % ep or (ep > 1 and not config.num_moe_experts):
-        raise ValueError(f"num_moe_experts {config.num_moe_experts} cannot be shared equally by ep {ep} ranks")
 
 
 def _mesh(parallel: ParallelConfig) -> Mesh:

@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.config.checks import check_layout
 from megatron_patch.config.model import ModelConfig
+from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.resolve import from_checkpoint
 from megatron_patch.launch import cluster
 from megatron_patch.launch.options import check_options
 from megatron_patch.launch.positional import Request, UsageError
-from megatron_patch.parallel.grid import Grid
+from megatron_patch.parallel.grid import resolve_grid
+from megatron_patch.parallel.stages import resolve_stages
 
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "return_output_log_probs", "chat")
 QUESTION = "how are you?"
@@ -32,7 +35,7 @@ def plan(request: Request) -> dict[str, Any]:
     tokenizer = v["TOKENIZER_PATH"] or v["TOKENIZER_MODEL"]
     obstacles = [f"the tokenizer {tokenizer!r} does not exist"] if tokenizer and not Path(tokenizer).exists() else []
     try:
-        _check_layout(request, from_checkpoint(tuple(ALL), "auto", v["CHECKPOINT"]).config, ranks.world)
+        _check_layout(v, from_checkpoint(tuple(ALL), "auto", v["CHECKPOINT"]).config, ranks.world)
     except OSError as error:
         obstacles.append(f"--load: {error}")
     if obstacles and not request.is_dry:
@@ -57,11 +60,12 @@ def plan(request: Request) -> dict[str, Any]:
     }
 
 
-def _check_layout(request: Request, config: ModelConfig, world: int) -> None:
-    tp, pp, ep = (request.values[name] for name in ("TP", "PP", "EP"))
-    Grid(tp=tp, cp=1, ep=ep, pp=pp, etp=tp, world=world)
-    sizes = {"num_attention_heads": tp, "num_query_groups": tp, "ffn_hidden_size": tp, "num_layers": pp}
-    for name, parts in sizes.items():
-        if getattr(config, name) % parts:
-            flag = request.where("PP" if name == "num_layers" else "TP")
-            raise UsageError(f"{flag} is {parts}, which does not divide {name} {getattr(config, name)}; take a divisor")
+def _check_layout(v: dict[str, Any], config: ModelConfig, world: int) -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=v["TP"],
+        pipeline_model_parallel_size=v["PP"],
+        expert_model_parallel_size=v["EP"],
+    )
+    check_layout(config, parallel)
+    resolve_stages(config.num_layers, parallel)
+    resolve_grid(parallel, world)

@@ -48,7 +48,7 @@ def test_what_follows_the_script_counts_and_one_rank_needs_no_agent(tmp_path):
     [
         ([], {}, "config.json does not exist"),
         (["--sing"], {}, "--sing"),
-        ([], {"TP": "3"}, "--tensor-model-parallel-size is 3, which does not divide num_attention_heads 4"),
+        ([], {"TP": "3"}, "num_attention_heads 4 is not a multiple of tensor_model_parallel_size 3"),
         ([], {"TP": "1", "GPUS_PER_NODE": "3", "PP": "2"}, "tp 1 × pp 2 × cp 1 = 2 does not divide 3 ranks"),
     ],
 )

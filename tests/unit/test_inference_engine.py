@@ -152,10 +152,10 @@ def test_an_answer_stops_where_the_model_can_see_no_further(tmp_path):
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ({"tp": 4}, "num_query_groups 2 is not a multiple of tp 4"),
+        ({"tp": 4}, "num_query_groups 2 is not a multiple of tensor_model_parallel_size 4"),
         ({"pp": 3}, "2 layers cannot be shared equally by 3 pipeline stages"),
         ({"tp": 2}, "tp 2 × pp 1 × cp 1 = 2 does not divide 1 ranks"),
-        ({"ep": 2}, "num_moe_experts 0 cannot be shared equally by ep 2 ranks"),
+        ({"ep": 2}, "expert_model_parallel_size 2 shares out experts, and the model has none"),
         ({"precision": "fp16"}, "precision is 'fp16'; a model answers in fp32 or bf16"),
     ],
 )
