@@ -18,7 +18,7 @@ from megatron_patch.parallel.mesh import Mesh
 from megatron_patch.weights.parameters import local_expert, named_parameters, parameter_name, shard_axis
 
 
-class Source(Protocol):
+class StartWeights(Protocol):
     """Anything that knows a parameter in full: a checkpoint, or a random draw."""
 
     def read(self, entry: Entry) -> Tensor:
@@ -59,7 +59,7 @@ class RandomWeights:
 
 
 @torch.no_grad()
-def load_weights(chunks: Iterable[GPTModel], entries: Iterable[Entry], source: Source, mesh: Mesh) -> None:
+def load_weights(chunks: Iterable[GPTModel], entries: Iterable[Entry], source: StartWeights, mesh: Mesh) -> None:
     """Fill this rank's parameters, one tensor at a time; what other stages and expert ranks hold is not read."""
     parameters = named_parameters(chunks)
     filled: dict[str, int] = dict.fromkeys(parameters, 0)
