@@ -39,6 +39,14 @@ def resolve_handler(name: str, map_keys: str | None = None) -> Handler:
     return handler if map_keys is None else handler._replace(columns=_mapped(handler.columns, name, map_keys))
 
 
+def check_recipe(name: str, *, pack: bool, seq_length: int | None, prompt_type: str | None) -> None:
+    """Raise ValueError where samples cannot be made like this of the records that the handler `name` reads."""
+    if pack and not seq_length:
+        raise ValueError("--pack needs --seq-length, the tokens of a sample")
+    if HANDLERS[name].is_text and (pack or prompt_type):
+        raise ValueError(f"{name} makes texts to pre-train on; --pack and --prompt-type are of instructions")
+
+
 def _mapped(columns: Columns, name: str, map_keys: str) -> Columns:
     given = parse_object(map_keys, f"--map-keys {map_keys!r}")
     tags = given.pop("tags", {})

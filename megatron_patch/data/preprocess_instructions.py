@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.data.chat_template import resolve_renderer
 from megatron_patch.data.command_line import count, dataset_parser, limit_threads, positive, status_of
-from megatron_patch.data.handlers import HANDLERS, Handler, resolve_handler
+from megatron_patch.data.handlers import HANDLERS, Handler, check_recipe, resolve_handler
 from megatron_patch.data.index_header import INSTRUCTION_FIELDS, instruction_prefixes, smallest_dtype
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.inputs import Row, check_readable, read_rows, resolve_inputs
@@ -77,7 +77,8 @@ def preprocess(
     files = [Path(path) for path in paths]
     check_readable(files)
     handler, counts = resolve_handler(recipe.handler, recipe.map_keys), Counter()
-    _check(recipe, handler, tokenizer)
+    check_recipe(recipe.handler, pack=recipe.pack, seq_length=recipe.seq_length, prompt_type=recipe.prompt_type)
+    _check_tokenizer(recipe, tokenizer)
     records = _kept(_tokenised(files, tokenizer, handler, recipe, left_out), recipe, left_out, counts, log)
     size = attrgetter("ids.size")
     rows = packed(records, size, recipe.seq_length) if recipe.pack else ([record] for record in records)
@@ -115,11 +116,7 @@ def _description(
     return describe(identity(tokenizer), dtype, totals, map(describe_source, files), **made)
 
 
-def _check(recipe: Recipe, handler: Handler, tokenizer: PreTrainedTokenizerFast) -> None:
-    if recipe.pack and recipe.seq_length is None:
-        raise ValueError("--pack needs --seq-length, the tokens of a sample")
-    if handler.is_text and (recipe.pack or recipe.prompt_type):
-        raise ValueError(f"{recipe.handler} makes texts to pre-train on: --pack and --prompt-type are of instructions")
+def _check_tokenizer(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
     if recipe.append_eod and tokenizer.eos_token_id is None:
         raise ValueError(f"--append-eod: the tokenizer in {tokenizer.name_or_path!r} has no EOS token")
     if not tokenizer.is_fast:

@@ -3,7 +3,7 @@
 import sys
 from typing import Any, NamedTuple
 
-from megatron_patch.data.handlers import resolve_handler
+from megatron_patch.data.handlers import check_recipe, resolve_handler
 from megatron_patch.data.index_header import instruction_prefixes
 from megatron_patch.data.inputs import check_readable, resolve_inputs
 from megatron_patch.data.prompts import PROMPTS
@@ -78,10 +78,7 @@ def _instructions(v: dict[str, Any], prefix: str) -> Made:
     handler = resolve_handler(name, v["--map-keys"])
     if v["--split-sentences"]:
         raise UsageError(f"--split-sentences is of {PRETRAIN_HANDLER}, not of {name}; leave it out")
-    if v["--pack"] and not v["--seq-length"]:
-        raise UsageError("--pack needs --seq-length, the tokens of a sample")
-    if handler.is_text and (v["--pack"] or v["--prompt-type"]):
-        raise UsageError(f"{name} makes texts to pre-train on; --pack and --prompt-type are of instructions")
+    check_recipe(name, pack=v["--pack"], seq_length=v["--seq-length"], prompt_type=v["--prompt-type"])
     if v["--prompt-type"] and v["--prompt-type"] not in PROMPTS:
         raise UsageError(f"--prompt-type {v['--prompt-type']!r} is not one of {', '.join(PROMPTS)}")
     names = (f"{prefix}_text_document",) if handler.is_text else instruction_prefixes(prefix)
