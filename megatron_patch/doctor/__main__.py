@@ -16,17 +16,26 @@ from megatron_patch.doctor.versions import versions
 
 def main(argv: Sequence[str]) -> int:
     """0 whatever is found: findings are no failure. 2 for a directory that is not there."""
-    reader = argparse.ArgumentParser(prog="megatron_patch.doctor", description=__doc__.split(": ")[1])
+    reader = argparse.ArgumentParser(
+        prog="megatron_patch.doctor", description=__doc__.split(": ")[1], allow_abbrev=False
+    )
     reader.add_argument("directory", nargs="?", default=".", help="where runs would write; its disk is tried")
     reader.add_argument("--json", action="store_true", help="one JSON object on standard output, no table")
     options = reader.parse_args(argv)
     directory = Path(options.directory)
-    if not directory.is_dir():
+    if not _is_directory(directory):
         print(f"megatron_patch.doctor: {options.directory!r} is no directory; name one that is there", file=sys.stderr)
         return 2
     findings = examine(directory)
     print(as_json(findings) if options.json else table(findings))
     return 0
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system has room for
+        return False
 
 
 def examine(directory: Path) -> list[Finding]:

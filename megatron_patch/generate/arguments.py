@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "return_output_log_probs", "chat")
+LARGEST = 2**63 - 1
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,13 +55,13 @@ def _reader() -> argparse.ArgumentParser:
 
 
 def _least(kind: type, least: float) -> Callable[[str], float]:
-    return _checked(kind, lambda value: value >= least, f"a number of at least {least}")
+    return _checked(kind, lambda value: least <= value <= LARGEST, f"a number of at least {least}, in 64 bits")
 
 
 def _checked(kind: type, holds: Callable[[float], bool], allowed: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value = kind(text) if text.isascii() else None
         except ValueError:
             value = None
         if value is None or not holds(value):
