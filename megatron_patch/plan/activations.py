@@ -112,10 +112,8 @@ def _mlp_width(run: RunConfig, grid: Grid, layer: int) -> float:
 def _kept_of_layer(run: RunConfig, grid: Grid, layer: int) -> list[float]:
     model, residual = run.model, _residual_share(run, grid)
     kept = [residual * model.hidden_size, residual * model.hidden_size]  # what the two norms were given
-    if model.is_mla:
-        kept += _latent_attention(model, grid, run.memory.recompute_granularity == "selective")
-    else:
-        kept += _attention(model, grid)
+    attention = _latent_attention if model.is_mla else _attention
+    kept += attention(model, grid, run.memory.recompute_granularity == "selective")
     if model.is_moe_layer(layer):
         return kept + _experts(model, grid, residual)
     return [*kept, model.hidden_size, *_hidden(model.ffn_hidden_size / grid.tp)]
@@ -130,13 +128,14 @@ def _hidden(width: float) -> list[float]:
     return [2 * width, width]
 
 
-def _attention(model: ModelConfig, grid: Grid) -> list[float]:
-    """The normalised input; queries, keys and values before and after rotation; the result."""
+def _attention(model: ModelConfig, grid: Grid, is_selective: bool) -> list[float]:
+    """The normalised input; queries, keys and values as kernels read them; what these give, and its tokens in order."""
     queries, keys = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
-    contiguous = queries if keys < queries else 0  # grouped queries are copied to stand side by side
-    gathered = 2 * keys * (grid.cp if grid.cp > 1 else 0)
-    blocks = (queries + 2 * keys, queries + keys, contiguous, queries, gathered)
-    return [model.hidden_size, *(block / grid.tp for block in blocks)]
+    core = [] if is_selective else [queries]
+    return [
+        model.hidden_size,
+        *(block / grid.tp for block in (queries, keys * grid.cp, keys * grid.cp, *core, queries)),
+    ]
 
 
 def _latent_attention(model: ModelConfig, grid: Grid, is_selective: bool) -> list[float]:

@@ -57,7 +57,7 @@ def _changes(run: RunConfig, *, on_cpu: bool) -> Iterator[Change]:
     parallel, kept = run.parallel, run.memory
     if not parallel.use_distributed_optimizer:
         yield "DO=true", replace(run, parallel=replace(parallel, use_distributed_optimizer=True))
-    if kept.recompute_granularity == "none" and run.model.is_mla:
+    if kept.recompute_granularity == "none":
         yield "AC=sel", replace(run, memory=replace(kept, recompute_granularity="selective"))
     size = run.micro_batch_size // 2
     while size:
