@@ -63,7 +63,7 @@ def _read(folder: Path) -> Arrays | None:
         count = json.loads((folder / KEY).read_text())["arrays"]
         names = [folder / f"{number}.npy" for number in range(count)]
         return tuple(np.load(name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in names)
-    except (OSError, ValueError, EOFError):  # not there, or somebody damaged the folder: build again
+    except (OSError, ValueError, EOFError, KeyError, TypeError):  # not there, or damaged: build again
         return None
 
 

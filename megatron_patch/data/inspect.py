@@ -28,13 +28,21 @@ def describe(header: IndexHeader, lengths: npt.NDArray) -> str:
     return "\n".join(lines)
 
 
-def show_documents(indexed: IndexedDataset, count: int, tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """The beginnings of the first `count` documents, decoded where there is a tokenizer."""
+def show_documents(
+    indexed: IndexedDataset, count: int, tokenizer: PreTrainedTokenizerFast | None, sample_length: int | None = None
+) -> str:
+    """The beginnings of the first `count` documents, decoded where there is a tokenizer.
+
+    Of fine-tuning samples of `sample_length` tokens these are shown, without the marks at the ends of segments.
+    """
     boundaries = indexed.document_indices[: count + 1].tolist()
     lines = []
     for number, (first, last) in enumerate(pairwise(boundaries)):
         tokens = [token for sequence in range(first, last) for token in indexed.get(sequence)[:SHOWN].tolist()]
         total = int(indexed.sequence_lengths[first:last].sum())
+        if sample_length is not None:
+            total = sample_length
+            tokens = [-1 - token if token < 0 else token for token in tokens[:total]]
         lines.append(f"document {number}, {total} tokens: {_text(tokens, total, tokenizer)}")
     return "\n".join(lines)
 
@@ -52,7 +60,8 @@ def show_samples(
 
 def _text(tokens: list[int], total: int, tokenizer: PreTrainedTokenizerFast | None) -> str:
     shown = tokens[:SHOWN]
-    text = " ".join(map(str, shown)) if tokenizer is None else repr(tokenizer.decode(shown))
+    is_text = tokenizer is not None and min(shown, default=0) >= 0  # labels are not
+    text = repr(tokenizer.decode(shown)) if is_text else " ".join(map(str, shown))
     return text + (" …" if total > len(shown) else "")
 
 

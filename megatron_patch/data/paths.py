@@ -82,6 +82,8 @@ def parse_blend(words: Sequence[str]) -> list[Source]:
     for word, weight in zip(words[::2], weights, strict=True):
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"dataset weight {word} of {' '.join(words)!r}: weights are positive numbers")
+    if not math.isfinite(sum(weights)):
+        raise ValueError(f"dataset weights of {' '.join(words)!r} are too large to be added up; write smaller ones")
     return [Source(prefix, weight) for prefix, weight in zip(words[1::2], weights, strict=True)]
 
 

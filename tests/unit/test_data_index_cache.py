@@ -90,6 +90,17 @@ def test_a_directory_that_cannot_be_written_is_read_or_done_without(tmp_path, ca
     assert "cannot be written (Not a directory): every rank builds its own" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "", '{"arrays": "x"}'])
+def test_a_damaged_key_is_written_again(text, tmp_path):
+    write(tmp_path / "x", [5, 5, 5, 5])
+    wanted = open_dataset(tmp_path / "x", tmp_path / "cache").indices.samples.tolist()
+    (key,) = (tmp_path / "cache").glob("*/key.json")
+    whole = key.read_text()
+    key.write_text(text)
+    assert open_dataset(tmp_path / "x", tmp_path / "cache").indices.samples.tolist() == wanted
+    assert key.read_text() == whole
+
+
 def build_slowly(directory, marks):
     def build():
         (marks / str(time.monotonic_ns())).touch()

@@ -8,7 +8,8 @@ from megatron_patch.data.__main__ import main
 from megatron_patch.data.batches import training_batches
 from megatron_patch.data.indexed import IndexedDatasetBuilder
 from megatron_patch.data.pretraining import open_indexed
-from megatron_patch.data.tokenizer import load_tokenizer
+from megatron_patch.data.sidecar import FINE_TUNING, describe
+from megatron_patch.data.tokenizer import identity, load_tokenizer
 
 RUN = ["--seq-length", "6", "--train-iters", "5", "--global-batch-size", "8"]
 
@@ -46,6 +47,38 @@ def test_documents_are_decoded_and_long_ones_cut(tmp_path, tokenizer_directory, 
     assert main(["inspect", str(tmp_path / "x"), "--tokenizer-model", str(tokenizer_directory)]) == 0
     shown = capsys.readouterr().out.splitlines()[-1]
     assert shown == f"document 0, {len(ids)} tokens: {tokenizer.decode(ids[:64])!r} …"
+
+
+def test_fine_tuning_samples_and_instruction_data_are_decoded_and_labels_are_numbers(
+    tmp_path, tokenizer_directory, capsys
+):
+    tokenizer = load_tokenizer(tokenizer_directory)
+    first, second = ids = tokenizer("instruction instruction", add_special_tokens=False)["input_ids"][:2]
+    description = describe(identity(tokenizer), "int32", {}, [], kind=FINE_TUNING, seq_length=3)
+    with IndexedDatasetBuilder(tmp_path / "x", "int32") as builder:
+        builder.add([first, -1 - second, 0, -100, second, -100], [6], [1])
+        builder.finalize(description)
+    columns = {"input_ids": ids, "attention_mask": [1, 1], "labels": [-100, second]}
+    for field, values in columns.items():
+        with IndexedDatasetBuilder(tmp_path / f"y_packed_{field}_document", "int32") as builder:
+            builder.add(values, [2], [1])
+    shown = []
+    for name in ("x", "y", "y_packed_labels_document"):
+        assert main(["inspect", str(tmp_path / name), "--tokenizer-model", str(tokenizer_directory)]) == 0
+        shown.append(capsys.readouterr().out.splitlines()[-1])
+    assert shown == [
+        f"document 0, 3 tokens: {tokenizer.decode([*ids, 0])!r}",
+        f"document 0, 2 tokens: {tokenizer.decode(ids)!r}",
+        f"document 0, 2 tokens: -100 {second}",
+    ]
+
+
+def test_a_dataset_is_not_decoded_with_another_tokenizer(tmp_path, tokenizer_directory, capsys):
+    with IndexedDatasetBuilder(tmp_path / "x", "uint16") as builder:
+        builder.add([1], [1], [1])
+        builder.finalize(describe({"name": "other", "sha256": "0", "vocabulary": 2}, "uint16", {}, []))
+    assert main(["inspect", str(tmp_path / "x"), "--tokenizer-model", str(tokenizer_directory)]) == 1
+    assert "was made with the tokenizer 'other' (2 ids)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loader", ["single", "cyclic"])
@@ -106,6 +139,10 @@ def test_indices_are_built_before_the_run(prefix, tmp_path, capsys, monkeypatch)
         (["inspect", "PREFIX", *RUN, "--iteration", "1", "--split", "-1,2"], "split '-1,2': one to three non-negative"),
         (["cache", "PREFIX", *RUN], "say where the indices go: --data-cache-path DIR"),
         (["cache", "1 PREFIX other", *RUN, "--data-cache-path", "DIR"], "'1' stands where a prefix is expected"),
+        (["inspect", "PREFIX", *RUN, "--iteration", "1", "--micro-batch-size", "0"], "--micro-batch-size is 0"),
+        (["inspect", "PREFIX", *RUN, "--iteration", "1", "--data-parallel-size", "0"], "--data-parallel-size is 0"),
+        (["cache", "PREFIX", *RUN, "--data-cache-path", "PREFIX.idx"], "x.idx"),
+        (["cache", "1e308 PREFIX 1e308 PREFIX", *RUN, "--data-cache-path", "DIR"], "are too large to be added up"),
         (["cache", "1 PREFIX b PREFIX", *RUN, "--data-cache-path", "DIR"], "'b' stands where a weight is expected"),
     ],
 )
