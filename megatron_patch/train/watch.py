@@ -17,9 +17,9 @@ def first_loss_warning(loss: float, vocab_size: int) -> str | None:
     if loss <= RANDOM_SHARE * random:
         return None
     return (
-        f"the first loss, {loss:.3f}, is near that of random weights, ln({vocab_size}) = {random:.3f}, as if the "
-        "loaded weights had no effect. Likely causes: another tokenizer or vocabulary than theirs, rotary_base (rope "
-        "theta) or its scaling, the attention window or mask, or data that is no natural text"
+        f"the first loss, {loss:.3f}, is near that of random weights or above it, ln({vocab_size}) = {random:.3f}, as "
+        "if the loaded weights had no effect. Likely causes: another tokenizer or vocabulary than theirs, rotary_base "
+        "(rope theta) or its scaling, the attention window or mask, or data that is no natural text"
     )
 
 
