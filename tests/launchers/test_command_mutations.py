@@ -111,7 +111,7 @@ def test_a_changed_command_is_refused_in_one_sentence(command, capsys, tmp_path)
             named = [*filter(str.strip, parts), *map(repr, parts), *(name for name, _ in line.given)]
             assert any(name in captured.err for name in named), captured.err
             assert "Traceback" not in captured.err
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
 
 def test_the_doctor_names_what_is_no_directory(monkeypatch, capsys):
