@@ -11,6 +11,10 @@ from tiny import VOCABULARY, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_patch.evaluate.__main__ import LOCAL
+from megatron_patch.generate import arguments
+from megatron_patch.launch import evaluation_tables, generation
+
 SCRIPT = ROOT / "examples/mistral/generate_mistral_7b_ptd.sh"
 SECONDS = 60.0
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)]
@@ -34,6 +38,14 @@ def test_the_documented_generation_is_planned(shell, tmp_path):
     assert command[command.index("--tp") + 1] == "8" and command[command.index("--precision") + 1] == "bf16"
     first = command.index("--task") + 1
     assert command[first : first + 2] == ["greedy", "do_sample"] and "how are you?" in command
+
+
+def test_the_launchers_name_what_the_commands_behind_them_do():
+    flags = {name for action in arguments._reader()._actions for name in action.option_strings}
+    decided = {"-h", "--help", "--checkpoint", "--tokenizer", "--tp", "--pp", "--ep", "--precision"}
+    assert {*generation.OPTIONS} == flags - decided
+    assert generation.TASKS == arguments.TASKS
+    assert tuple(evaluation_tables.TASKS.values()) == LOCAL
 
 
 def test_what_follows_the_script_counts_and_one_rank_needs_no_agent(tmp_path):
