@@ -51,7 +51,8 @@ def resolve_machine(ranks: int, *, has_accelerator: bool, root: Path = Path("/")
 
 def known_peak(name: str) -> float | None:
     """bf16 operations per second of the device whose name its driver gives, as far as the table has it."""
-    part = next((part for part in sorted(KNOWN_PEAKS, key=len, reverse=True) if part in name), None)
+    longest_first = sorted(KNOWN_PEAKS, key=len, reverse=True)
+    part = next((part for part in longest_first if re.search(rf"{part}(?![0-9A-Z])", name)), None)  # A10 is no A10G
     return KNOWN_PEAKS[part] if part else None
 
 

@@ -24,6 +24,22 @@ GIB = 2**30
 H200 = Machine("NVIDIA H200", 141 * GIB, known_peak("NVIDIA H200"), is_cpu=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+    ],
+)
+def test_a_device_has_its_own_peak_and_not_that_of_a_like_name(name, peak):
+    assert known_peak(name) == peak
+
+
 def run(family: str, size: str, *, length=4096, micro_batch=1, global_batch=64, **parallel) -> RunConfig:
     config = ALL[family].config(ALL[family].sizes[size])
     data = DataConfig(train_data_path=("d",), valid_data_path=("v",), seq_length=length, max_padding_length=length)
