@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_patch.data.json_lines import Record, parse_object
 from megatron_patch.data.prompts import Conversation, Turn
-from megatron_patch.data.records import conversation, text_of
+from megatron_patch.data.records import conversation, text_of, turns_before
 
 Columns = Mapping[str, str]  # what a text is → the column that holds it
 
@@ -61,11 +61,7 @@ def _mapped(columns: Columns, name: str, map_keys: str) -> Columns:
 
 def _single(record: Record, columns: Columns) -> Conversation:
     """One question, what was said before it, and one answer."""
-    said = _present(record, columns, "history") or []
-    if not (isinstance(said, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in said)):
-        raise ValueError(f"{columns['history']} is no list of pairs of a question and its answer")
-    before = [dict(zip(("question", "answer"), pair, strict=True)) for pair in said]
-    history = [Turn(text_of(pair, ("question",)), "", text_of(pair, ("answer",))) for pair in before]
+    history = turns_before(record, columns["history"]) if columns.get("history") else []
     question, answer = (text_of(record, (columns[key],)) for key in ("prompt", "response"))
     return Conversation(_optional(record, columns, "system") or None, (
         *history, Turn(question, _optional(record, columns, "query"), answer)

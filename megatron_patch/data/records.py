@@ -25,20 +25,24 @@ class Names(NamedTuple):
     input: tuple[str, ...] = ("input",)
     answer: tuple[str, ...] = ANSWER_KEYS
     system: tuple[str, ...] = ("system",)
+    history: tuple[str, ...] = ("history",)
     lists: tuple[str, ...] = tuple(MESSAGE_LISTS)
 
 
 NAMES = Names()
 # How --map-keys calls the parts.
-PARTS = {"prompt": "question", "query": "input", "response": "answer", "system": "system", "messages": "lists"}
+PARTS = {
+    **{"prompt": "question", "query": "input", "response": "answer", "system": "system", "history": "history"},
+    "messages": "lists",
+}
 
 
 def resolve_names(map_keys: str | None) -> Names:
     """The keys that `--map-keys` gives to parts: `{"prompt": "instruction", "query": "input", "response": "output"}`.
 
     Parts that it does not name keep their own; where it names one of a question's, no list of messages is looked for.
-    An empty query or system is none. Raises ValueError for what is no JSON object of texts, for unknown parts, and for
-    both kinds of record at once.
+    An empty query, system or history is none. Raises ValueError for what is no JSON object of texts, for unknown parts,
+    and for both kinds of record at once.
     """
     if map_keys is None:
         return NAMES
@@ -68,7 +72,17 @@ def conversation(record: Record, names: Names = NAMES) -> Conversation:
             return _alternating(record, key, names)
     about = _optional(record, names.input)
     turn = Turn(text_of(record, names.question), about or "", text_of(record, names.answer))
-    return Conversation(_optional(record, names.system), (turn,))
+    before = [turn for key in names.history for turn in turns_before(record, key)]
+    return Conversation(_optional(record, names.system), (*before, turn))
+
+
+def turns_before(record: Record, key: str) -> list[Turn]:
+    """What was said before a record's own question: the pairs of a question and its answer under `key`, if any."""
+    said = record.get(key) or []
+    if not (isinstance(said, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in said)):
+        raise ValueError(f"{key} is no list of pairs of a question and its answer")
+    pairs = [dict(zip(("question", "answer"), pair, strict=True)) for pair in said]
+    return [Turn(text_of(pair, ("question",)), "", text_of(pair, ("answer",))) for pair in pairs]
 
 
 def _alternating(record: Record, key: str, names: Names) -> Conversation:

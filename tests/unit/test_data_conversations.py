@@ -188,6 +188,15 @@ def test_alpaca_keys_have_synonyms_and_a_system(keys):
     assert conversation(record) == Conversation("s", (Turn("q", "", "a"),))
 
 
+def test_what_was_said_before_is_learned_too_unless_no_key_holds_it():
+    record = {"instruction": "q", "output": "a", "history": [["one", "two"], ["three", "four"]]}
+    before, last = (Turn("one", "", "two"), Turn("three", "", "four")), Turn("q", "", "a")
+    assert conversation(record) == Conversation(None, (*before, last))
+    for empty in ([], None):
+        assert conversation({**record, "history": empty}) == Conversation(None, (last,))
+    assert conversation(record, resolve_names('{"history": ""}')) == Conversation(None, (last,))
+
+
 def test_a_question_that_nobody_answers_is_left_out():
     assert conversation(sharegpt([("q", "a"), ("r", "b")])) == conversation(
         {"conversations": [*sharegpt([("q", "a"), ("r", "b")])["conversations"], {"from": "human", "value": "bye"}]}
@@ -206,6 +215,7 @@ def test_a_question_that_nobody_answers_is_left_out():
         (openai([("q", None)]), "message 2: content is NoneType, not text"),
         ({"messages": [{"role": "user"}]}, "message 1: no content among its keys"),
         ({"instruction": "q", "output": "a", "system": 3}, "system is int, not text"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history is no list of pairs"),
     ],
 )
 def test_a_malformed_conversation_is_explained(record, message):
@@ -241,7 +251,7 @@ def test_parts_stand_under_the_keys_that_are_named(map_keys, record, expected):
         ('{"prompt": 3}', "is no JSON object of names"),
         ("{}", "is no JSON object of names"),
         ('{"query": "", "response": ""}', "names nothing for response"),
-        ('{"history": "h"}', "names 'history', which is not one of prompt, query, response, system, messages"),
+        ('{"tools": "h"}', "names 'tools', which is not one of prompt, query, response, system, history, messages"),
         ('{"messages": "m", "response": "r"}', "names messages and response"),
     ],
 )
