@@ -56,7 +56,7 @@ def gradient_norm(
     # A layer's experts share a parameter: the first stands for all of them, which may be ten thousands.
     copies = {parameter_name(entry): _copies(entry, mesh, sharded) for entry in entries if not entry.expert}
     if not mesh.is_first_stage and _is_tied(chunks):
-        del gradients[EMBEDDING]
+        gradients.pop(EMBEDDING, None)  # stages between the ends hold none
     return sum_(_squared_norm(gradients, copies, mesh.device), mesh.world).sqrt() / loss_scale
 
 

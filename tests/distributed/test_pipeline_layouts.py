@@ -14,7 +14,7 @@ FLOAT64 = {"steps": 3, "dtype": torch.float64}
 @pytest.mark.parametrize(
     ("name", "world", "layout", "kind"),
     [
-        ("mistral", 4, "pp4", {}),
+        ("qwen1_5 tied", 4, "pp4", {}),
         ("qwen1_5 tied", 2, "pp2 first1 layers5", FLOAT64),
         ("mistral", 2, "pp2 vp1", FLOAT64),
         ("qwen1_5 tied", 4, "tp2 sp pp2", {}),
