@@ -38,15 +38,24 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexHeader:
 
 
 def find_datasets(directory: str | os.PathLike[str], output_prefix: str) -> list[str]:
-    """The prefixes of all pairs in `directory`, in natural order, without the one that is to be written.
+    """The prefixes of all pairs in `directory`, in natural order, without the one that is to be written again.
 
-    Raises FileNotFoundError for a directory without pairs.
+    Raises FileNotFoundError for a directory without pairs and for half a pair, ValueError where what is to be written
+    again is not what an earlier merging of the others wrote.
     """
-    output = Path(f"{output_prefix}.idx").resolve()
-    indices = sorted((path for path in Path(directory).glob("*.idx") if path.resolve() != output), key=natural)
-    if not indices:
+    every = {path.with_suffix("") for suffix in (".bin", ".idx") for path in Path(directory).glob(f"*{suffix}")}
+    output = Path(output_prefix).resolve()
+    prefixes = [os.fspath(path) for path in sorted(every, key=natural) if path.resolve() != output]
+    if not prefixes:
         raise FileNotFoundError(f"{os.fspath(directory)!r} is no directory that holds .bin/.idx pairs")
-    return [os.fspath(path.with_suffix("")) for path in indices]
+    documents = sum(read_header(prefix).documents for prefix in prefixes)
+    stands_there = len(prefixes) < len(every) and Path(f"{output_prefix}.idx").is_file()
+    if stands_there and read_header(output_prefix).documents != documents:
+        raise ValueError(
+            f"{output_prefix} stands in {os.fspath(directory)!r} among what is to be merged, and would be lost; "
+            "name another --output-prefix, or remove it if it was merged of the others before"
+        )
+    return prefixes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,3 +87,25 @@ def test_samples_are_merged_with_samples_of_their_length(tmp_path, capsys):
 def test_a_directory_without_pairs_is_named(directory, tmp_path, capsys):
     assert main(["--input", f"{tmp_path}/{directory}", "--output-prefix", f"{tmp_path}/all"]) == 1
     assert "is no directory that holds .bin/.idx pairs" in capsys.readouterr().err
+
+
+def test_merging_again_writes_the_same_and_overwrites_no_input(tmp_path, capsys):
+    for name in ("a", "b"):
+        write(tmp_path / name, [[[1]]])
+    for _ in range(2):
+        assert main(["--input", str(tmp_path), "--output-prefix", f"{tmp_path}/all"]) == 0
+    (tmp_path / "all.idx").unlink()  # as an interruption may leave it
+    assert main(["--input", str(tmp_path), "--output-prefix", f"{tmp_path}/all"]) == 0
+    kept = (tmp_path / "a.bin").read_bytes()
+    assert main(["--input", str(tmp_path), "--output-prefix", f"{tmp_path}/a"]) == 1
+    assert "among what is to be merged, and would be lost" in capsys.readouterr().err
+    assert (tmp_path / "a.bin").read_bytes() == kept
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_half_a_pair_is_not_passed_over(suffix, tmp_path, capsys):
+    for name in ("a", "b"):
+        write(tmp_path / "in" / name, [[[1]]])
+    (tmp_path / f"in/b{suffix}").unlink()
+    assert main(["--input", f"{tmp_path}/in", "--output-prefix", f"{tmp_path}/all"]) == 1
+    assert f"in/b{suffix} does not exist" in capsys.readouterr().err
