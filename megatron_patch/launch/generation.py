@@ -10,6 +10,7 @@ from megatron_patch.config.parallel import ParallelConfig
 from megatron_patch.families import ALL
 from megatron_patch.families.resolve import from_checkpoint
 from megatron_patch.launch import cluster
+from megatron_patch.launch.generation_tables import SETTINGS
 from megatron_patch.launch.options import check_options
 from megatron_patch.launch.positional import Request, UsageError
 from megatron_patch.parallel.grid import resolve_grid
@@ -19,8 +20,7 @@ TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "ret
 QUESTION = "how are you?"
 OPTIONS = (
     *("--task", "--prompt", "--prompts", "--chat", "--system", "--inference-prompt-type", "--hf-chat-template"),
-    *("--max-new-tokens", "--max-length", "--temperature", "--top-k", "--top-p", "--num-beams", "--length-penalty"),
-    *("--num-return-sequences", "--stop", "--batch-size", "--seed", "--json"),
+    *("--num-beams", "--length-penalty", "--stop", "--json"),
 )
 
 
@@ -29,7 +29,7 @@ def plan(request: Request) -> dict[str, Any]:
 
     Without a task it is every one, and without a prompt QUESTION, as in ModelLink.
     """
-    check_options(request.options, OPTIONS)
+    check_options(request.options, (*OPTIONS, *(arg.name for arg in request.table)))
     v, ranks = request.values, cluster.said(request.values)
     said = {text.partition("=")[0] for text in request.options}
     tokenizer = v["TOKENIZER_PATH"] or v["TOKENIZER_MODEL"]
@@ -47,6 +47,7 @@ def plan(request: Request) -> dict[str, Any]:
         *("--precision", "bf16" if v["BF16"] else "fp32"),
         *(() if said & {"--prompt", "--prompts", "--chat"} else ("--prompt", QUESTION)),
         *(() if said & {"--task", "--chat"} else ("--task", *TASKS)),
+        *(text for arg in SETTINGS if v[arg.means] is not None for text in (arg.name, str(v[arg.means]))),
         *request.options,
     ]
     agent = ("-m", "megatron_patch.train.agent", *ranks.options) if ranks.world > 1 else ()

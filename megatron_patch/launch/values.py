@@ -40,6 +40,19 @@ def rate(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not text.isascii() or not 0 < value < float("inf"):
+        raise ValueError(f"{text} is not above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    return rate(str(above_zero(text)))
+
+
 def nothing(text: str) -> float:
     """Zero, however it is written."""
     if float(text) != 0:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 # line, and `maybe` stands before what may also be empty. What can only be one of certain names is of its own kind.
 COUNT, WHOLE, RATE, SWITCH, PATH, ANYTHING = "count", "whole", "rate", "switch", "path", "anything"
 PRECISION, RECOMPUTATION, OFFLOADING, PLACE, SIZE = "precision", "recomputation", "offloading", "place", "size"
-LINES, MAYBE = "lines", "maybe "
+LINES, ABOVE_ZERO, MAYBE = "lines", "above zero", "maybe "
 KINDS = {
     "ENV": PLACE, "MODEL_SIZE": SIZE, "MEGATRON_PATCH_PATH": ANYTHING, "LR": RATE, "MIN_LR": RATE, "PR": PRECISION,
     "AC": RECOMPUTATION, "OPTIMIZER_OFFLOAD": OFFLOADING, "EXTRA_VOCAB_SIZE": WHOLE,
@@ -39,7 +39,8 @@ OF_SCRIPTS = {
     **dict.fromkeys(("--load", "--save", "--master-addr", "--task-data-path"), PATH),
     "--tokenizer-name-or-path": MAYBE + PATH,
     **dict.fromkeys(("--sequence-parallel", "--use-distributed-optimizer", "--use-flash-attn", "--bf16"), SWITCH),
-    "--finetune": SWITCH,
+    "--finetune": SWITCH, "--top-p": MAYBE + RATE, "--temperature": MAYBE + ABOVE_ZERO,
+    **dict.fromkeys(("--max-length", "--max-new-tokens", "--top-k"), MAYBE + WHOLE),
 }  # fmt: skip
 OF_CHECKPOINTS = {
     **dict.fromkeys(("--target-tensor-parallel-size", "--target-pipeline-parallel-size"), WHOLE),
@@ -57,7 +58,7 @@ OPEN = (PATH, ANYTHING)
 TEXTS = {  # text → what it can be read as
     "": (ANYTHING,), " ": (ANYTHING,), "\t\n": (ANYTHING,), "-x": (ANYTHING,), "-inf": (ANYTHING,),
     **dict.fromkeys(("abc", "../..", "ünïcode", "数据", "e5", "1.5.2", "1,000", "0x10", "nan", "inf"), OPEN),
-    **dict.fromkeys(("１２", "٣", "1e400", "9" * 400, "1.5", "yes", "None\n", "true;false", "~", "*", "$HOME"), OPEN),
+    **dict.fromkeys(("１２", "٣", "1e400", "9" * 400, "yes", "None\n", "true;false", "~", "*", "$HOME"), OPEN),
     **dict.fromkeys(("it's", 'a "b" c', "a\\", "$(touch ran)", "`touch ran`", "; touch ran", "| touch ran"), OPEN),
     **dict.fromkeys(("&& touch ran", "x\n touch ran", "${IFS}", "a[$(touch ran)]", "%s%n", "{PAD_LEN}"), OPEN),
     "0": (WHOLE, RATE, OFFLOADING, *OPEN), "1": (COUNT, WHOLE, RATE, OFFLOADING, *OPEN),
@@ -65,7 +66,7 @@ TEXTS = {  # text → what it can be read as
     **dict.fromkeys(("7", "64", "1e3", "10_000"), (COUNT, WHOLE, *OPEN)), "-1": (ANYTHING,), "-1e-5": (ANYTHING,),
     **dict.fromkeys(("TRUE", "True", "true"), (SWITCH, *OPEN)), "False": (SWITCH, RECOMPUTATION, OFFLOADING, *OPEN),
     **dict.fromkeys(("BF16", "fp32"), (PRECISION, *OPEN)), "full": (RECOMPUTATION, *OPEN),
-    "static": (OFFLOADING, *OPEN), "None": (RECOMPUTATION, *OPEN), "DSW": (PLACE, *OPEN),
+    "1.5": (ABOVE_ZERO, *OPEN), "static": (OFFLOADING, *OPEN), "None": (RECOMPUTATION, *OPEN), "DSW": (PLACE, *OPEN),
     "AUTO": (SIZE, OFFLOADING, *OPEN),
 }  # fmt: skip
 
@@ -270,6 +271,8 @@ def _is_read(text: str, kind: str, readings: Mapping[str, tuple[str, ...]]) -> b
     if kind.startswith(MAYBE) and not text:
         return True
     kind = kind.removeprefix(MAYBE)
+    if kind == ABOVE_ZERO:
+        return not {ABOVE_ZERO, RATE, COUNT}.isdisjoint(readings[text])
     return PATH in readings[text] and not text.endswith("\n") if kind == LINES else kind in readings[text]
 
 

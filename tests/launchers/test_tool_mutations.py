@@ -11,6 +11,7 @@ import pytest
 from commands import clean_environment
 from documented import documented_lines, scripts
 from mutations import (
+    ABOVE_ZERO,
     COUNT,
     LINES,
     MAYBE,
@@ -81,7 +82,9 @@ def check_planned(texts: Mapping[str, str], kinds: Mapping[str, str], planned: M
     """The plan's arguments are what was typed."""
     for name in texts.keys() & planned.keys():
         value, text, kind = planned[name], texts[name], kinds.get(name, "").removeprefix(MAYBE)
-        if kind in (COUNT, WHOLE, RATE):
+        if not text:
+            assert not value, name
+        elif kind in (COUNT, WHOLE, RATE, ABOVE_ZERO):
             assert value == float(text), name
         elif kind == SWITCH:
             assert value is (text.lower() == "true"), name
