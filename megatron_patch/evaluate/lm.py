@@ -16,6 +16,7 @@ from megatron_patch.inference.decoding import Decoding
 from megatron_patch.inference.engine import Engine, open_engine
 
 NUMBERS = {"top_k": int, "top_p": float, "num_beams": int, "length_penalty": float}  # transformers' names, and ours
+OPTIONAL = ("tokenizer", "tp", "pp", "ep", "precision", "add_bos_token")  # of --model_args
 
 
 class Described:
@@ -35,7 +36,7 @@ class CheckpointLM(HFLM):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "",
         tokenizer: str | None = None,
         tp: int = 1,
         pp: int = 1,
@@ -45,9 +46,16 @@ class CheckpointLM(HFLM):
         add_bos_token: bool | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **unknown: object,
     ) -> None:
-        """Raises ValueError in one sentence for a batch size that is no number and for what the engine raises."""
+        """Raises ValueError in one sentence for what --model_args lacks or misspells and for what the engine raises."""
         del max_batch_size, device  # lm-eval always passes them; the first is of `auto`, a rank's device is its own
+        if unknown or not checkpoint:
+            wrong = f"has the unknown {', '.join(unknown)}" if unknown else "names no checkpoint"
+            raise ValueError(f"--model_args {wrong}; allowed: checkpoint=DIR and {', '.join(OPTIONAL)}")
+        for name, size in (("tp", tp), ("pp", pp), ("ep", ep)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"--model_args {name} is {size}; allowed: a whole number of ranks ≥ 1")
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ValueError(f"--batch_size {batch_size} must be a whole number of texts, such as 16")
         self.engine = open_engine(checkpoint, tokenizer=tokenizer, tp=tp, pp=pp, ep=ep, precision=precision)

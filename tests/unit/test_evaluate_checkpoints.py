@@ -130,7 +130,11 @@ def test_the_command_line_on_two_ranks_tells_the_same_scores_once(ours, checkpoi
     [
         ({"batch_size": "auto"}, "--batch_size auto must be a whole number of texts"),
         ({"checkpoint": "/nowhere"}, "/nowhere"),
-        ({"tp": 3}, "num_attention_heads 4 is not a multiple of tp 3"),
+        ({"checkpoint": ""}, "--model_args names no checkpoint; allowed: checkpoint=DIR and tokenizer, tp"),
+        ({"dtype": "bfloat16"}, "--model_args has the unknown dtype; allowed: .* precision"),
+        ({"tp": "two"}, "--model_args tp is two; allowed: a whole number of ranks ≥ 1"),
+        ({"pp": 0}, "--model_args pp is 0; allowed: a whole number of ranks ≥ 1"),
+        ({"tp": 3}, "num_attention_heads 4 is not a multiple of tensor_model_parallel_size 3"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, sentence, checkpoint):
