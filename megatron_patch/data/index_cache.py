@@ -51,11 +51,11 @@ def _built(folder: Path, key: str, build: Callable[[], Arrays]) -> Arrays:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, also by the holder's death
         found = _read(folder)  # somebody may have built it while we waited
-        if found is None:
-            _write(folder, key, build())
-            found = _read(folder)
-        assert found is not None
-        return found
+        if found is not None:
+            return found
+        arrays = build()
+        _write(folder, key, arrays)
+        return _read(folder) or arrays
 
 
 def _read(folder: Path) -> Arrays | None:
@@ -74,11 +74,11 @@ def _write(folder: Path, key: str, arrays: Arrays) -> None:
         for number, array in enumerate(arrays):
             np.save(scratch / f"{number}.npy", array, allow_pickle=False)
         (scratch / KEY).write_text(json.dumps({"arrays": len(arrays), "key": json.loads(key)}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             scratch.rename(folder)
-        except OSError:  # another node, whose lock is not ours, was faster
+        except OSError:  # it is there: damaged, or another node, whose lock may not be ours, was faster
             if _read(folder) is None:
-                raise
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

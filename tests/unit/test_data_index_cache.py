@@ -101,6 +101,22 @@ def test_a_damaged_key_is_written_again(text, tmp_path):
     assert key.read_text() == whole
 
 
+def test_a_node_whose_lock_is_its_own_leaves_what_another_wrote(tmp_path):
+    key, arrays = {"a": 1}, (np.arange(7),)
+
+    def build_behind_another():
+        other = cached(str(tmp_path / "other"), key, lambda: arrays)
+        shutil.copytree(tmp_path / "other", tmp_path / "cache", dirs_exist_ok=True)
+        (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir() and (path / KEY).exists())
+        there.append((folder, folder.stat().st_ino))
+        return other
+
+    there = []
+    (found,) = cached(str(tmp_path / "cache"), key, build_behind_another)
+    ((folder, number),) = there
+    assert found.tolist() == arrays[0].tolist() and folder.stat().st_ino == number
+
+
 def build_slowly(directory, marks):
     def build():
         (marks / str(time.monotonic_ns())).touch()
