@@ -115,7 +115,8 @@ class IndexedDatasetBuilder:
             self._write_index(file)
         if description is not None:
             with self._open(".json") as file:
-                file.write(json.dumps(description, indent=2, ensure_ascii=False).encode() + b"\n")
+                text = json.dumps(description, indent=2, ensure_ascii=False)
+                file.write(text.encode(errors="backslashreplace") + b"\n")  # a file's name may be no text
 
     def publish(self) -> None:
         """Put what is complete in place, replacing an earlier pair and its sidecar."""

@@ -99,6 +99,8 @@ def preprocess(
     """
     files = [Path(path) for path in paths]
     check_readable(files)
+    if len(set(recipe.json_keys)) < len(recipe.json_keys):
+        raise ValueError(f"--json-keys {' '.join(recipe.json_keys)}: a key is named twice; name every key once")
     begin, end = _ends(tokenizer, recipe)
     dtype = smallest_dtype(vocabulary_size(tokenizer))
     left_out = nothing_left_out()

@@ -1,11 +1,13 @@
 """From JSON lines to indexed tokens."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from itertools import chain, pairwise
+from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
@@ -13,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_patch.data import preprocess as module
 from megatron_patch.data.indexed import IndexedDataset
 from megatron_patch.data.preprocess import Recipe, main, preprocess
+from megatron_patch.data.sidecar import read_sidecar
 from megatron_patch.data.tokenizer import load_tokenizer
 
 TEXTS = ["def f(x):\n    return x", "", "é 世界 �", "    indented </s> text", "x" * 300]
@@ -68,6 +71,19 @@ def test_lists_of_texts_are_one_document_and_keys_are_files(tmp_path, tokenizer)
     end = [tokenizer.eos_token_id]
     assert documents(f"{tmp_path}/new/out_a_document") == [expected(tokenizer, ["one", "two"], end), []]
     assert documents(f"{tmp_path}/new/out_b_document") == [expected(tokenizer, [t], end) for t in ("three", "four")]
+
+
+def test_a_key_that_is_named_twice_is_refused(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [{"a": "one"}])
+    with pytest.raises(ValueError, match="--json-keys a a: a key is named twice"):
+        preprocess([source], f"{tmp_path}/out", tokenizer, Recipe(["a", "a"]))
+
+
+def test_a_source_whose_name_is_no_text_is_described_all_the_same(tmp_path, tokenizer):
+    name = os.fsdecode(bytes(tmp_path) + b"/\xff.jsonl")
+    source = write_lines(Path(name), [{"text": "one"}])
+    preprocess([source], f"{tmp_path}/out", tokenizer, Recipe())
+    assert read_sidecar(f"{tmp_path}/out_text_document")["sources"][0]["path"] == name
 
 
 def test_the_command_reports_what_it_wrote(tmp_path, tokenizer_directory):
