@@ -80,5 +80,7 @@ def _write(folder: Path, key: str, arrays: Arrays) -> None:
             if _read(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 scratch.rename(folder)
+    except OSError as error:  # numpy tells a full disk by counts of numbers alone
+        raise OSError(f"no index can be written in {folder.parent} ({error}); is its disk full?") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -101,6 +101,16 @@ def test_a_damaged_key_is_written_again(text, tmp_path):
     assert key.read_text() == whole
 
 
+def test_a_full_disk_is_told_with_its_directory_and_leaves_no_index(tmp_path, monkeypatch):
+    def save(*_, **__):
+        raise OSError("59400 requested and 218 written")
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(OSError, match=f"no index can be written in {tmp_path} .59400 requested and 218 written"):
+        cached(str(tmp_path), {"a": 1}, lambda: (np.arange(7),))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_a_node_whose_lock_is_its_own_leaves_what_another_wrote(tmp_path):
     key, arrays = {"a": 1}, (np.arange(7),)
 
