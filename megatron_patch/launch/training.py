@@ -98,7 +98,7 @@ def plan(request: Request) -> dict[str, Any]:
         ],
         "warnings": [
             *(*warnings, *uncounted, *_notes(request, run, architecture), *data_notes, *_without_effect(request)),
-            *(*_overridden_model(derived, run), *cautions(sections["memory"])),
+            *(*_overridden_model(derived, run), *cautions(sections)),
         ],
     }
 

@@ -79,8 +79,16 @@ def defaults(run: RunConfig, typed: Collection[str] = ()) -> dict[str, Any]:
     return found
 
 
-def cautions(memory: dict[str, Any]) -> list[str]:
-    """The warnings that the plan's `memory` section gives rise to."""
+def cautions(sections: dict[str, Any]) -> list[str]:
+    """The warnings that `describe`'s sections give rise to: of memory, and of what could not be known."""
+    told = _memory_cautions(sections["memory"])
+    if sections["speed"]["seconds_per_step"] is None:
+        precision, device = sections["model"]["precision"], sections["memory"]["device"]
+        told.append(f"how long a step takes is unknown: no table has the {precision} peak of this device, {device}")
+    return told
+
+
+def _memory_cautions(memory: dict[str, Any]) -> list[str]:
     if memory["device_memory"] is None:
         return ["how much memory a device has is unknown: whether the run fits was not looked at"]
     if memory["fits"]:

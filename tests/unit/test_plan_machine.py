@@ -74,7 +74,8 @@ def test_a_step_takes_its_arithmetic_over_the_devices_share_of_their_peak():
     assert section["seconds_per_step"] == pytest.approx(section["model_flops_per_step"] / (8 * 989e12 * 0.4), rel=0.01)
     unknown = describe(whole, ALL["mistral"], resolve_grid(whole.parallel, 8))
     assert unknown["speed"]["seconds_per_step"] is None and unknown["memory"]["fits"] is None
-    assert "unknown" in cautions(unknown["memory"])[0]
+    of_memory, of_time = cautions(unknown)
+    assert "memory a device has is unknown" in of_memory and "how long a step takes is unknown" in of_time
 
 
 def test_a_run_that_does_not_fit_names_the_smallest_change_with_its_figure():
@@ -83,14 +84,14 @@ def test_a_run_that_does_not_fit_names_the_smallest_change_with_its_figure():
     small = dataclasses.replace(H200, memory=80 * GIB)
     sections = describe(whole, ALL["mistral"], grid, small)
     assert not sections["memory"]["fits"] and sections["memory"]["total"] > 80 * GIB
-    (warning,) = cautions(sections["memory"])
+    (warning,) = cautions(sections)
     assert "may not fit" in warning and "AC=full: " in warning
     first = sections["memory"]["advice"][0]
     assert "not enough" not in first
     full = dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, recompute_granularity="full"))
     needed = memory(full, manifest(ALL["mistral"], full.model), grid)["total"]
     assert f"AC=full: {needed / GIB:.4g} GiB" in warning
-    assert cautions(describe(full, ALL["mistral"], grid, H200)["memory"]) == []
+    assert cautions(describe(full, ALL["mistral"], grid, H200)) == []
 
 
 def test_two_changes_are_named_where_none_alone_is_enough():
