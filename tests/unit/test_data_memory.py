@@ -62,5 +62,5 @@ def test_memory_grows_with_the_longest_line_and_not_with_the_input(
     sources = [tmp_path / f"{name}.jsonl" for name in ("small", "small", "large", "long")]
     options = ["--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizer_directory, "--workers", "2", *more]
     _, small, large, longest = peaks(command, where, sources, *options)
-    assert large < small + 4, "the input has 1.5 MB, eight times the other; 10 % of the peak would be 18"
+    assert large < small + 8, "the input has 1.5 MB, eight times the other; 10 % of the peak would be 18"
     assert longest < large + 200 * len(long[key]) / 1e6, "200 bytes for each of a line that is nine batches long"
