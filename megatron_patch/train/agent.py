@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         if not ranks.processes:
             say(f"stopped by {number.name} before a rank was started")
             os._exit(0)
-        say(f"{number.name}: the ranks finish their step and save; a second signal ends them at once")
+        say(f"{number.name}: the ranks {ending(options.module)}; a second signal ends them at once")
         ranks.stop()
 
     def quit_now(number: signal.Signals) -> None:
@@ -37,6 +37,11 @@ def main(argv: list[str]) -> int:
     from megatron_patch.train.elastic import run  # brings torch, which takes seconds to import
 
     return run(options, ranks, say)
+
+
+def ending(module: str) -> str:
+    """What ranks of `module` do when asked to stop, in words: only those that train have something to save."""
+    return "finish their step and save" if module == "megatron_patch.train" else "end"
 
 
 def parser() -> argparse.ArgumentParser:
