@@ -26,7 +26,7 @@ from megatron_patch.train.loss_scale import LossScale
 from megatron_patch.train.optimizer import build_optimizer
 from megatron_patch.train.passes import build_passes
 from megatron_patch.train.step import train_step
-from megatron_patch.weights.load import Source, load_weights
+from megatron_patch.weights.load import StartWeights, load_weights
 
 Step = Callable[[], float]  # trains once and returns the loss, or this rank's part of it
 OPTIMIZER = OptimizerConfig(lr=1e-4, min_lr=1e-5, lr_decay_iters=100)
@@ -60,7 +60,7 @@ def run_config(
     )
 
 
-def our_step(run: RunConfig, source: Source, tokens: Tensor, mesh: Mesh) -> Step:
+def our_step(run: RunConfig, source: StartWeights, tokens: Tensor, mesh: Mesh) -> Step:
     """The trainer's step on this rank's share of `tokens` [samples, length + 1]."""
     entries = manifest(ALL[run.family], run.model)
     chunks = build_model(run.model, run.parallel, run.precision, mesh, run.memory)
