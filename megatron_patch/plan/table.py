@@ -1,22 +1,33 @@
 """A plan as text for people."""
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from megatron_patch.config.model import ModelConfig
+
 INDENT = 2
+WIDTH = 120  # of a paragraph
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 HELD = ("layers", "experts", "embedding", "output_layer")
 MOST_ROWS = 32  # of a section that has one line for each rank
 
 
 def render(plan: Mapping[str, Any]) -> str:
-    """Every section of `plan`, one setting per line; then warnings and the command."""
+    """Every section of `plan`, one setting per line; then warnings and the command.
+
+    What a model has no use for, and leaves at its default, is in the JSON only; settings nobody chose are a paragraph.
+    """
+    plan = {name: _used(section) if name == "model" else section for name, section in plan.items()}
     settings = [section for section in plan.values() if isinstance(section, Mapping) and section]
     width = max((len(key) for section in settings for key in section), default=0)
     lines = []
     for name, section in plan.items():
-        if isinstance(section, Mapping) and section:
+        if name == "defaults":
+            lines += [name, *_paragraph(section)]
+        elif isinstance(section, Mapping) and section:
             shown = _memory if name == "memory" else _plain
             lines += [name, *(f"{'':{INDENT}}{key:{width}}  {shown(value)}" for key, value in section.items())]
         elif isinstance(section, list) and section and isinstance(section[0], Mapping):
@@ -24,6 +35,17 @@ def render(plan: Mapping[str, Any]) -> str:
             lines += [name, *(" " * INDENT + line for line in _rows(rows))]
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join([*lines, "command", " " * INDENT + shlex.join(plan["command"])])
+
+
+def _used(model: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    return {key: value for key, value in model.items() if key not in defaults or value != defaults[key]}
+
+
+def _paragraph(section: Mapping[str, Any]) -> list[str]:
+    text = ", ".join(f"{key} {value if type(value) is int else _plain(value)}" for key, value in section.items())
+    indent = " " * INDENT
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _together(ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

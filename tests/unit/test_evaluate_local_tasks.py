@@ -154,3 +154,9 @@ def test_without_a_directory_the_variable_is_named(monkeypatch):
     monkeypatch.delenv("MP_EVAL_DATA", raising=False)
     with pytest.raises(ValueError, match="MP_EVAL_DATA is not set"):
         evaluate("mmlu_local", LikesB())
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MP_EVAL_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere, which is no directory"):
+        evaluate("mmlu_local", LikesB())

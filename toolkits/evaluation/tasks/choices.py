@@ -50,6 +50,8 @@ def _files(benchmark: str, subject: str, split: str) -> list[Path]:
     root = os.environ.get("MP_EVAL_DATA")
     if not root:
         raise ValueError(f"MP_EVAL_DATA is not set: it names the directory that holds {benchmark}'s files")
+    if not Path(root).is_dir():
+        raise ValueError(f"MP_EVAL_DATA is {root}, which is no directory: it holds {benchmark}'s files")
     for directory in DIRECTORIES[benchmark]:
         for pattern in (f"{split}/{subject}_{split}.csv", f"{split}/{subject}.csv", f"{subject}/{split}-*.parquet"):
             if found := sorted(Path(root, directory).glob(pattern)):
