@@ -25,7 +25,12 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _reader() -> argparse.ArgumentParser:
-    reader = argparse.ArgumentParser(prog="python3 -m megatron_patch.generate", description=__doc__, allow_abbrev=False)
+    reader = argparse.ArgumentParser(
+        prog="python3 -m megatron_patch.generate",
+        usage="%(prog)s --checkpoint DIR (--prompt TEXT | --prompts FILE | --chat) [options, which --help lists]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
     reader.add_argument("--checkpoint", required=True, type=Path, help="a directory of any format that convert reads")
     reader.add_argument("--tokenizer", type=Path, help="its directory or tokenizer.model; default: the checkpoint's")
     for name, what in (("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"), ("ep", "expert-parallel ranks")):
@@ -71,5 +76,7 @@ def _checked(kind: type, holds: Callable[[float], bool], allowed: str) -> Callab
     return parse
 
 
-_above_zero = _checked(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_above_zero = _checked(
+    float, lambda value: 0 < value < float("inf"), "a number above 0; the likeliest token is --task greedy"
+)
 _share = _checked(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
