@@ -128,7 +128,7 @@ def test_the_launcher_asked_to_stop_saves_and_ends_with_status_0(commands):
 def test_a_second_signal_ends_it_at_once(commands):
     pids = commands["twice"].says(r"^up (\d+)$", 2)
     commands["twice"].process.send_signal(signal.SIGINT)
-    commands["twice"].says("SIGINT: the ranks finish")
+    commands["twice"].says("SIGINT: the ranks end")
     time.sleep(0.6)  # less would be the same request, sent twice
     assert all(is_running(pid) for pid in pids)
     commands["twice"].process.send_signal(signal.SIGINT)
