@@ -20,7 +20,7 @@ def render(plan: Mapping[str, Any]) -> str:
 
     What a model has no use for, and leaves at its default, is in the JSON only; settings nobody chose are a paragraph.
     """
-    plan = {name: _used(section) if name == "model" else section for name, section in plan.items()}
+    plan = {**plan, "model": _used(plan.get("model") or {})}
     settings = [section for section in plan.values() if isinstance(section, Mapping) and section]
     width = max((len(key) for section in settings for key in section), default=0)
     lines = []

@@ -227,7 +227,7 @@ def test_preprocessing_of_records_refuses_what_is_not_there(refused):
     assert "argument 3 (SEQ_LEN)" in refused("sft-dataset", [*SFT_PREPROCESSING[:2], "0", *SFT_PREPROCESSING[3:]])
     unknown = refused("sft-dataset", [*SFT_PREPROCESSING, "--map-keys", '{"question": "q"}'])
     assert unknown.strip().endswith(
-        "--map-keys names 'question', which is not one of prompt, query, response, system, messages"
+        "--map-keys names 'question', which is not one of prompt, query, response, system, history, messages"
     )
     assert "did you mean --prompt-type?" in refused("sft-dataset", [*SFT_PREPROCESSING, "--prompt-typ=alpaca"])
 
