@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer_directory, tmp_path_factory):
-    """A tiny random Mistral with a window shorter than the texts, saved by transformers, and its tokenizer."""
+    """A tiny random Mistral with a window shorter than the texts, saved by transformers, and a tokenizer beside it."""
     directory = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = transformers.MistralConfig(
@@ -49,7 +50,7 @@ def checkpoint(tokenizer_directory, tmp_path_factory):
         num_key_value_heads=2, max_position_embeddings=96, sliding_window=8, initializer_range=0.3,
     )  # fmt: skip
     transformers.MistralForCausalLM(config).save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(tokenizer_directory).save_pretrained(directory)
+    shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
     return str(directory)
 
 
