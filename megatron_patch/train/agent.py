@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
 
     def quit_now(number: signal.Signals) -> None:
         say(f"second signal, {number.name}: the ranks are ended, and what they did since the last checkpoint is lost")
-        ranks.end()
-        os._exit(128 + number)
+        ranks.kill()
+        os._exit(128 + number)  # at once: the other thread must not take their end for a fault of theirs
 
     watch(stop, quit_now)
     from megatron_patch.train.elastic import run  # brings torch, which takes seconds to import

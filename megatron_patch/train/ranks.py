@@ -47,10 +47,14 @@ class Ranks:
         for process in list(self.processes.values()):
             process.send_signal(signal.SIGTERM)  # nothing is sent to a process that ended
 
-    def end(self) -> None:
-        """Kill what still runs, and wait until it has ended; not for long: a disk can hold a killed process up."""
+    def kill(self) -> None:
+        """Kill what still runs."""
         for process in list(self.processes.values()):
             process.kill()
+
+    def end(self) -> None:
+        """Kill what still runs, and wait until it has ended; not for long: a disk can hold a killed process up."""
+        self.kill()
         self.settle(KILL_SECONDS)
 
     def statuses(self) -> dict[int, int | None]:
