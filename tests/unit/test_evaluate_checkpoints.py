@@ -115,15 +115,12 @@ def test_the_command_line_on_two_ranks_tells_the_same_scores_once(ours, checkpoi
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
-    told = {(row[5], row[7]) for row in table[2:]}
+    told = sorted((row[5], float(row[7])) for row in table[2:])
     scores, _ = ours
-    assert told == {
-        (name.split(",")[0], f"{value:.4f}")
-        for task in TASKS
-        for name, value in scores[task].items()
-        if isinstance(value, float)
-    }
-    assert len(table) - 2 == len(told)
+    wanted = [(name, value) for task in TASKS for name, value in scores[task].items() if isinstance(value, float)]
+    for (name, shown), (metric, value) in zip(told, sorted(wanted), strict=True):
+        assert metric.startswith(name)
+        assert shown == pytest.approx(value, abs=6e-4), "the table's writer may show three digits"
 
 
 @pytest.mark.parametrize(
