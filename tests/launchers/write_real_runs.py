@@ -19,6 +19,7 @@ from commands import clean_environment  # noqa: E402
 from test_training_runs import MIXTRAL_FLAGS, SCRIPT_FLAGS, VALUES  # noqa: E402
 from tiny import SCRIPTS, tiny_command, write_material  # noqa: E402
 
+from megatron_patch.data import preprocess_instructions  # noqa: E402
 from megatron_patch.launch.tables import LAUNCHERS  # noqa: E402
 
 TABLE = ROOT / "docs/real_runs.md"
@@ -30,7 +31,13 @@ with a space in its path, the checkout's path having one too. Written by `tests/
 | script | shell | exit status | iterations | first loss | last loss |
 |---|---|---|---|---|---|
 """
-EDITED = SCRIPT_FLAGS | {"mixtral/mixtral_4x7b_example.sh": MIXTRAL_FLAGS}
+TUNING = {"CKPT_PATH": "mistral", "DATA_PATH": "alpaca"}
+TUNING_FLAGS = [*MIXTRAL_FLAGS, "--seq-length", "64", "--sliding-window", "4"]
+EDITED = {
+    **{script: (flags, VALUES) for script, flags in SCRIPT_FLAGS.items()},
+    "mixtral/mixtral_4x7b_example.sh": (MIXTRAL_FLAGS, VALUES),
+    "mistral/tune_mistral_7b_ptd.sh": (TUNING_FLAGS, VALUES | TUNING),
+}
 
 
 def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -38,7 +45,21 @@ def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
     positional = {
         script: (tiny_command(LAUNCHERS[name].tables[-1], family), {}) for name, (script, family) in SCRIPTS.items()
     }
-    return positional | {script: (flags, VALUES) for script, flags in EDITED.items()}
+    return positional | EDITED
+
+
+def write_instructions(material: Path) -> None:
+    """ModelLink's three files, of the records that raw fine-tuning reads."""
+    arguments = ["--input", str(material / "train.json"), "--output-prefix", str(material / "alpaca")]
+    arguments += [
+        "--tokenizer-model",
+        str(material / "words"),
+        "--handler",
+        "GeneralInstructionHandler",
+        "--append-eod",
+    ]
+    if preprocess_instructions.main(arguments):
+        raise SystemExit("the instruction data could not be written")
 
 
 def row(
@@ -67,6 +88,7 @@ def main() -> int:
         checkout.symlink_to(ROOT, target_is_directory=True)
         material.mkdir()
         write_material(material, "mistral", "mixtral", "llama", "qwen1_5", "deepseek_v2")
+        write_instructions(material)
         for script, (arguments, variables) in commands().items():
             for shell in ("dash", "bash"):
                 lines.append(row(checkout, material, shell, script, arguments, variables))
